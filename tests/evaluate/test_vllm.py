@@ -27,9 +27,9 @@ words = sys.argv[3:]
 given = dict(zip(words, words[1:]))
 environment = {{name: value for name, value in os.environ.items() if name.startswith(("VLLM", "OMP", "CUDA"))}}
 Path(__file__).with_name("given.json").write_text(json.dumps([given, environment, os.getpid()]))
-print("INFO this is vLLM")
+print("INFO this is vLLM", flush=True)
 if Path(__file__).with_name("broken").exists():
-    print("RuntimeError: no kernel for this processor")
+    print("RuntimeError: no kernel for this processor", flush=True)
     sys.exit(3)
 def reply(body):
     Path(__file__).with_name(f"{{len(body['prompt'])}}.tokens").touch()

@@ -171,8 +171,14 @@ def test_a_run_that_the_queue_would_refuse_leaves_nothing(recipe, tmp_path, prep
     assert slurm.ask("squeue", "--noheader") == ""
 
 
-def test_without_slurm_nothing_is_queued(recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
+def raise_(error: type[OSError], *_: object, **options: object) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_without_slurm_nothing_is_queued(recipe, tmp_path, monkeypatch, error):
+    """A program is missing; and one of PATH's folders cannot be read, too."""
+    monkeypatch.setattr(slurm_site.subprocess, "run", partial(raise_, error))
     done = recipe("run", NAME, "--rehearse", "--on", "slurm")
     assert done.returncode == 2
     assert done.stdout == ""

@@ -168,7 +168,7 @@ def ask(*command: str, script: str = "") -> str:
     where = f"--on slurm: {command[0]}"
     try:
         done = subprocess.run(command, input=script, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # the second if PATH has a folder that this user cannot read
         raise UserError(f"{where}: not found on this machine; run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
         raise UserError(
