@@ -47,8 +47,9 @@ _SCOPES: dict[str, Scope] = {
 
 
 TASK_CODE = "task-code"
-FIRST_LOSS = "first-loss"
 """Rule about the task files of benchmarks."""
+FIRST_LOSS = "first-loss"
+"""Finding of a training about its first loss, see `run_record.HighFirstLoss`."""
 
 
 @dataclass
