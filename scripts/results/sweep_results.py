@@ -223,7 +223,6 @@ def show(sweep: Sweep, json: bool) -> None:
 
 def notes(rows: Sequence[SweepRow]) -> Iterator[str]:
     """Notes below the table."""
-    yield from filter(None, dict.fromkeys(row.runs[0].run.recipe_note for row in rows if row.runs))
     if any(row.pareto for row in rows):
         yield f"front: on the Pareto front over peak memory and {LOSS}"
     if any(row.other_tokens for row in rows):
