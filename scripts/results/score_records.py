@@ -13,12 +13,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Literal, Self
 
-import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
-from ..base.files import read_bytes
+from ..base.files import digest, read_bytes
 from ..base.terminal import say
 from ..base.yamlfiles import Config
 from ..config.compose import MIRROR, TRACKERS
@@ -162,8 +161,7 @@ class Record(_Strict):
 
 def settings_sha256(recipe: str) -> str:
     """Hash of a recipe's settings, without comments."""
-    content = yamlfiles.read_yaml(paths.recipe_file(recipe))
-    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return digest(yamlfiles.read_yaml(paths.recipe_file(recipe)))
 
 
 def read(file: Path, study: Study) -> Record:
