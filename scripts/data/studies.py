@@ -87,6 +87,11 @@ class Study(Strict):
         return {name: self.columns[name] for name in self.shown or self.columns}
 
     @property
+    def recipes(self) -> list[str]:
+        """Names of the published recipes, then of their variants."""
+        return [*self.published, *self.variants]
+
+    @property
     def generates(self) -> bool:
         """True if a metric needs predictions, not only the eval loss."""
         return any(not isinstance(column.metric, LossMetric) for column in self.columns.values())

@@ -189,7 +189,7 @@ def read(file: Path, study: Study) -> Record:
 
 def _undeclared(record: Record, study: Study) -> Iterator[str]:
     """Yield a problem if a record has a name that study.yaml does not declare."""
-    names = [*study.published, *study.variants]
+    names = study.recipes
     if record.stage == "predictions":
         names += [baseline.name for baseline in study.baselines]
     if record.of not in names:

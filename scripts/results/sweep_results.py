@@ -294,14 +294,13 @@ def best_rows(study: Study, sweeps: Iterable[Sweep], runs: Path) -> list[BestRow
         sweeps: sweeps over any recipes. Either all of them are rehearsals, or none.
         runs: folder of all runs.
     """
-    order = [*study.published, *study.variants]
     best = []
     for sweep in sweeps:
-        if sweep.recipe in order:
+        if sweep.recipe in study.recipes:
             row = _best_row(sweep, rows(sweep, runs))
             if row:
                 best.append(row)
-    return sorted(best, key=lambda row: (row.sweep.name, order.index(row.sweep.recipe)))
+    return sorted(best, key=lambda row: (row.sweep.name, study.recipes.index(row.sweep.recipe)))
 
 
 def _best_row(sweep: Sweep, rows: Sequence[SweepRow]) -> BestRow | None:

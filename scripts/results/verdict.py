@@ -164,7 +164,7 @@ def rows(
     """
     usable = repeats.usable_runs(runs, rehearsal)
     table = []
-    for recipe in [*study.published, *study.variants]:
+    for recipe in study.recipes:
         recipe_runs = [result for result in usable if result.run.recipe == recipe]
         candidates = recipe_runs
         if recipe in representatives:

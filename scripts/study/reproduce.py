@@ -54,7 +54,7 @@ def selected_recipes(study: Study, only: Sequence[str]) -> list[str]:
     """
     if not only:
         return list(study.published)
-    recipes = [*study.published, *study.variants]
+    recipes = study.recipes
     selected: list[str] = []
     for name in only:
         selected += paths.matching(name, recipes) or [meant(name, recipes, "recipe of the study", option="--only")]

@@ -93,7 +93,7 @@ def _unprepared(study: Study) -> Iterator[Mistake]:
 def _warnings(study: Study, names: list[str]) -> Iterator[Mistake]:
     """Recipes missing in study.yaml, recipes that read files outside its splits, and a missing sample."""
     for name in names:
-        if name not in [*study.published, *study.variants]:
+        if name not in study.recipes:
             yield ("published",), f"{name} is missing; add `{name}: {{}}` here or under variants"
     data = study.data
     if not data.fields:
