@@ -68,9 +68,14 @@ class DatasetRef:
         return self.section == "datasets"
 
     @property
+    def path(self) -> str:
+        """File, folder or name on the hub."""
+        return str(self.entry.get("path"))
+
+    @property
     def split(self) -> str:
         """Split of the data set; by default that of its section, or the only one of a file."""
-        is_file = Path(str(self.entry.get("path"))).is_file()
+        is_file = Path(self.path).is_file()
         default = "train" if self.is_training or is_file else "test"
         return str(self.entry.get("split") or default)
 
@@ -288,7 +293,7 @@ def _names_file(key: str, value: Any) -> bool:
 def test_file(config: Config, folder: Path = Path()) -> str | None:
     """Path of test.jsonl beside the training file, relative to a folder; None if missing."""
     for dataset in training_sets(config)[:1]:
-        test = Path(str(dataset.entry.get("path"))).with_name("test.jsonl")
+        test = Path(dataset.path).with_name("test.jsonl")
         if (folder / test).is_file():
             return str(test)
     return None

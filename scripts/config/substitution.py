@@ -106,7 +106,7 @@ class _Rehearsal:
 
     def _sample_rows(self, section: datafiles.Section, datasets: list[DatasetRef]) -> Iterator[tuple[Config, str]]:
         """Replace the rows of data sets by those of samples, which have short rows."""
-        names = ", ".join(str(dataset.entry.get("path")) for dataset in datasets) or "the config's data"
+        names = ", ".join(dataset.path for dataset in datasets) or "the config's data"
         reason = f"rows of the shipped sample, because {names} cannot be loaded in part on this machine"
         entries = []
         for i, entry in enumerate(_sampled(datasets, self.sample[section])):
@@ -194,7 +194,7 @@ def _sampled(datasets: list[DatasetRef], default: list[Config]) -> list[Config]:
 
     entries = []
     for dataset in datasets:
-        file = twin(str(dataset.entry.get("path")))
+        file = twin(dataset.path)
         if file is None:
             return default
         entries.append(dataset.entry | {"path": str(file), "split": default[0]["split"]})

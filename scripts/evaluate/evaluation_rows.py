@@ -111,7 +111,7 @@ def source_of_file(file: Path, cfg: Config, folder: Path) -> RowSource:
     path = file.resolve()
     datasets = [*datafiles.test_sets(cfg), *datafiles.training_sets(cfg)]
     for dataset in datasets:
-        if Path(folder, str(dataset.entry.get("path"))).resolve() == path:
+        if Path(folder, dataset.path).resolve() == path:
             return RowSource(str(path), [dataset], file)
     return RowSource(str(path), [next(iter(datasets), datafiles.NO_DATASET)], file)
 
@@ -142,7 +142,7 @@ def validation(run: Run, cfg: Config) -> RowSource | None:
     """Validation rows of a run; None if it has only test rows, or no rows."""
     folder = Path(run.cwd)
     for dataset in datafiles.test_sets(cfg):
-        file = Path(folder, str(dataset.entry.get("path")))
+        file = Path(folder, dataset.path)
         if file.is_file() and _set_of(test_entry(file), sha256(file)):
             return None
     return _configured(cfg, folder)
@@ -264,7 +264,7 @@ def _in_words(datasets: list[DatasetRef], folder: Path) -> str:
     """Describe data sets by name, subset and split, without local folders."""
     descriptions = []
     for dataset in datasets:
-        entry, path = dataset.entry, str(dataset.entry.get("path"))
+        entry, path = dataset.entry, dataset.path
         words = [Path(path).name if Path(folder, path).exists() else path]
         words += [f"{key} {entry[key]}" for key in ("name", "data_files", "split") if entry.get(key)]
         descriptions.append(", ".join(words))

@@ -248,7 +248,7 @@ class Card:
         files = [file["path"] for file in self.run["data"]]
         names = []
         for dataset in datafiles.training_sets(self.config):
-            name = str(dataset.entry.get("path"))
+            name = dataset.path
             is_local = any(file.startswith(name) for file in files)
             if hub.NAME.fullmatch(name) and not is_local:
                 names.append(name)

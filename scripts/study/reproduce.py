@@ -336,8 +336,8 @@ def _needed_adapter_files(data: Data, configs: list[Composed]) -> list[str]:
 
 def _needed_formats(study: Study, configs: list[Composed]) -> Iterator[tuple[str, PreparedFormat]]:
     """Names and formats of the prepared data that these configs read."""
-    entries = [dataset.entry for composed in configs for dataset in datafiles.datasets(composed.config)]
-    needed = {Path(str(entry.get("path"))).parent for entry in entries}
+    datasets = [dataset for composed in configs for dataset in datafiles.datasets(composed.config)]
+    needed = {Path(dataset.path).parent for dataset in datasets}
     return ((name, form) for name, form in study.data.formats.items() if Path(form.folder) in needed)
 
 

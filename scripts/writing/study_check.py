@@ -101,9 +101,11 @@ def _warnings(study: Study, names: list[str]) -> Iterator[Mistake]:
     files = {Path(form.folder, f"{split}.jsonl") for form in data.formats.values() for split in data.splits}
     for name in names:
         for dataset in datafiles.datasets(yamlfiles.read_yaml(paths.recipe_file(name))):
-            path = dataset.entry.get("path")
-            if Path(str(path)) not in files:
+            if Path(dataset.path) not in files:
                 written = ", ".join(map(str, sorted(files)))
-                yield ("data", "splits"), f"{name} reads {path} ({dataset.key}.path); the splits write {written}"
+                yield (
+                    ("data", "splits"),
+                    f"{name} reads {dataset.path} ({dataset.key}.path); the splits write {written}",
+                )
     if not data.sample:
         yield ("data",), "no sample: rehearsals use another study's rows; set sample to a folder with a few rows"
