@@ -129,7 +129,7 @@ def headings(runs: Sequence[ReportedRun]) -> dict[str, Column]:
 
 def scores(runs: Sequence[ReportedRun], by_heading: Mapping[str, Column]) -> list[Row]:
     """Table of scores, with columns for runs, base models and published scores."""
-    columns: dict[str, dict[str, str | None]] = {}
+    columns: dict[str, dict[str, str]] = {}
     for reported in runs:
         columns |= _score_columns(reported, by_heading)
     rows: list[Row] = []
@@ -138,14 +138,14 @@ def scores(runs: Sequence[ReportedRun], by_heading: Mapping[str, Column]) -> lis
     return rows
 
 
-def _score_columns(reported: ReportedRun, by_heading: Mapping[str, Column]) -> dict[str, dict[str, str | None]]:
+def _score_columns(reported: ReportedRun, by_heading: Mapping[str, Column]) -> dict[str, dict[str, str]]:
     """Columns of a run by heading: its scores, those with other decodings, the base model's, and published scores."""
     label = reported.label
     evaluations = {label: reported.evaluation}
     for name, evaluation in (reported.decoded | reported.of_other_models).items():
         evaluations[f"{label}: {name}"] = evaluation
     columns = {name: _scores(evaluation, by_heading) for name, evaluation in evaluations.items() if evaluation}
-    published: dict[str, str | None] = {}
+    published: dict[str, str] = {}
     for name, score in reported.scores.items():
         if score.difference is not None:  # from the published score
             heading = registry.heading(reported.columns[name], by_heading)
@@ -155,10 +155,10 @@ def _score_columns(reported: ReportedRun, by_heading: Mapping[str, Column]) -> d
     return columns
 
 
-def _scores(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[str, str | None]:
+def _scores(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[str, str]:
     """Scores of an evaluation as text, with intervals, scorer models and shares of rows."""
-    texts: dict[str, str | None] = {"rows": tables.text_of(evaluation.shares.rows)}
-    details: dict[str, str | None] = {}
+    texts = {"rows": tables.text_of(evaluation.shares.rows)}
+    details: dict[str, str] = {}
     for name, record in evaluation.scores.items():
         column = evaluation.columns[name]
         if record.value is not None:
@@ -176,7 +176,7 @@ def _scores(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[st
     return texts | details | {TITLES[name]: tables.text_of(share) for name, share in shares.items()}
 
 
-def _with_interval(record: ScoreRecord) -> str | None:
+def _with_interval(record: ScoreRecord) -> str:
     """Score as text, with its interval if known."""
     if record.interval is None:
         return tables.text_of(record.value)
