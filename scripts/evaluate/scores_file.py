@@ -363,7 +363,7 @@ class Scores(BaseModel):
 
     scores: dict[str, ScoreRecord]
     shares: RowShares
-    notes: list[str] = Field(default_factory=list)
+    notes: list[str] = []
 
     @field_validator("scores")
     @classmethod

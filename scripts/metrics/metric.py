@@ -7,7 +7,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from ..base.files import Row
 
@@ -118,7 +118,7 @@ class ScoreRecord(BaseModel):
     declaration: dict[str, Any]
     scorer: ScorerRecord | None = None
     signature: str | None = None
-    notes: list[str] = Field(default_factory=list)
+    notes: list[str] = []
     benchmark: Benchmark | None = None
 
 

@@ -154,7 +154,7 @@ class Job(BaseModel):
     step: str
     user: str = Field(pattern=_NO_OPTION)
     script: str  # tells jobs with the same id apart: clusters reuse ids, and several clusters can share a disk
-    words: list[str] = Field(default_factory=list)  # arguments of `recipe`
+    words: list[str] = []  # arguments of `recipe`
 
 
 @dataclass(frozen=True)
@@ -255,24 +255,24 @@ class Run(RecordVersion):
     recipe_sha256: str
     digest: str | None = None  # hash of the data, and of the config without the keys that a run adds
     rehearsal: bool = False
-    profiles: list[str] = Field(default_factory=list)
-    overrides: list[Override] = Field(default_factory=list)
-    forced: list[str] = Field(default_factory=list)  # names of overridden findings
+    profiles: list[str] = []
+    overrides: list[Override] = []
+    forced: list[str] = []  # names of overridden findings
     seal: str | None = None  # see `trust.seal` in run/
     gpus_used: int = 1  # GPUs per node
     nodes: int = 1
-    differences: list[Difference] = Field(default_factory=list)  # between the run's config and the recipe file
-    of_variant: list[Difference] = Field(default_factory=list)  # between the recipe file and the shipped recipe
-    data: list[DataFile] = Field(default_factory=list)
-    named_files: list[DataFile] = Field(default_factory=list)  # other files that the config names
+    differences: list[Difference] = []  # between the run's config and the recipe file
+    of_variant: list[Difference] = []  # between the recipe file and the shipped recipe
+    data: list[DataFile] = []
+    named_files: list[DataFile] = []  # other files that the config names
     test_data: Text | None = None
     cwd: Text
     created: Moment = Field(default_factory=now)
-    launches: list[Launch] = Field(default_factory=list)
+    launches: list[Launch] = []
     adapter: FileState | None = None  # state after the last launch
     published_adapter: str | None = None  # name of an adapter that was not trained here
-    summary: Summary = Field(default_factory=Summary)  # at the end of the last launch; `RunDir.summary` is current
-    provenance: Provenance = Field(default_factory=Provenance)
+    summary: Summary = Summary()  # at the end of the last launch; `RunDir.summary` is current
+    provenance: Provenance = Provenance()
 
     @property
     def changed_data(self) -> Path | None:
