@@ -5,7 +5,6 @@ from contextlib import chdir
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import orjson
 
@@ -162,7 +161,7 @@ def _configured(cfg: Config, folder: Path) -> RowSource | None:
     return None
 
 
-def test_entry(file: Path) -> dict[str, Any]:
+def test_entry(file: Path) -> Row:
     """Return the entry of the test split from the manifest beside a data file."""
     return manifest.entries(file.parent).get("test", {})
 
@@ -173,7 +172,7 @@ def test_set(file: Path, digest: str) -> str | None:
     return _set_of(test, digest) if is_the_studys(test) else None
 
 
-def _set_of(test: dict[str, Any], digest: str) -> str | None:
+def _set_of(test: Row, digest: str) -> str | None:
     """Name of the test set with this hash in a manifest's test entry; None without a match."""
     sets = {"test": test} | test.get("subsets", {})
     return next((name for name, entry in sets.items() if entry.get("sha256") == digest), None)

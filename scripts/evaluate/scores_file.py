@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, TypeAdapter, field_validator
 from ..base.errors import UserError
 from ..base.files import Row, digest, parse_json, parts_of, read_bytes, read_rows, replacing, sha256
 from ..base.terminal import say_once
+from ..base.yamlfiles import Config
 from ..data.studies import Decoding
 from ..metrics import registry
 from ..metrics.metric import Column, ScoreRecord
@@ -235,7 +236,7 @@ class EvaluationSettings(BaseModel):
     batch_size: int | None
     batch_tokens: int | None = None
     quantized: bool
-    built_with: dict[str, Any]
+    built_with: Config
     dtype: str
     engine: str = REFERENCE
     model: str | None = None
@@ -276,7 +277,7 @@ class EvaluationSettings(BaseModel):
             return False
         return 2 * self.agreement.equal >= self.agreement.rows
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Row:
         """Settings that determine a prediction, except the engine.
 
         Batches and engines change predictions only by rounding, see `stands_for`.

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from ..base.files import Row
+from ..base.yamlfiles import Config
 
 Pair = tuple[str, str]  # reference and prediction
 Bounds = tuple[float, float]  # lower and upper end of a 95 % interval
@@ -115,7 +116,7 @@ class ScoreRecord(BaseModel):
 
     value: float | None
     interval: Bounds | None = None
-    declaration: dict[str, Any]
+    declaration: Config
     scorer: ScorerRecord | None = None
     signature: str | None = None
     notes: list[str] = []
@@ -338,7 +339,7 @@ class Column:
         return meaning
 
     @cached_property
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> Config:
         """Declaration as in study.yaml and scores.json."""
         entry = {"metric": self.metric.name}
         if self.given_label:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
+from ..base.yamlfiles import Config
 from . import bertscore
 from .answers import METRICS as OF_ANSWERS
 from .metric import BenchmarkMetric, Column, LossMetric, Metric, Parameters, ScoreRecord
@@ -164,7 +165,7 @@ def requested(texts: Iterable[str]) -> dict[str, Column]:
     return columns
 
 
-def _declarations(text: str) -> dict[str, dict[str, Any] | None]:
+def _declarations(text: str) -> dict[str, Config | None]:
     """Declarations by column name from a value of --metric, at least one."""
     entries: Any = yamlfiles.parse(text, option=f"--metric {text}")
     if isinstance(entries, str):
@@ -176,7 +177,7 @@ def _declarations(text: str) -> dict[str, dict[str, Any] | None]:
     raise UserError(f"--metric {text}: expected a metric's name, or parameters as in 'number: {{markers: [\"A: \"]}}'")
 
 
-def _of_task(task: str) -> dict[str, dict[str, Any] | None]:
+def _of_task(task: str) -> dict[str, Config | None]:
     """Declaration of a column for a benchmark task, named after the task."""
     name = re.sub(r"\W+", "_", task.removesuffix(".yaml").rpartition("/")[2])
     return {name: {"metric": BENCHMARK.name, "label": name, "task": task}}

@@ -5,7 +5,6 @@ Learning rates and the size of an adapter need torch, whose import takes some se
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ..base.errors import UserError
 from ..base.hub import importing_axolotl
@@ -109,7 +108,7 @@ class PlannedLog:
             UserError: the step cannot be traced, or transformers refuses the schedule.
         """
         log, memory = self.log, self.step_plan.memory
-        inputs: dict[str, Any] = {"rows": log.rows, **log.settings, "skipped_steps": len(log.skipped_steps)}
+        inputs: Config = {"rows": log.rows, **log.settings, "skipped_steps": len(log.skipped_steps)}
         with importing_axolotl():
             figures = [*self._rates()]
             figures += self._compared("steps", self.steps)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
@@ -92,7 +92,7 @@ class Step:
         return self.adapter == "qlora" or (self.adapter == "lora" and self.quantization == INT8)
 
 
-def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int, int]) -> tuple[Step, list[str]]:
+def step_of(config: Config, architecture: Config, capability: tuple[int, int]) -> tuple[Step, list[str]]:
     """Training step that Axolotl makes from a config, and notes on settings that it does not trace.
 
     Args:
@@ -164,7 +164,7 @@ Layout = Literal["packed", "flat", "padded", "plain"]
 """Layout of the rows in a micro batch; see `Step`. `plain` means that attention needs no mask."""
 
 
-def _layout(config: Config, settings: TrainingSettings, architecture: dict[str, Any]) -> Layout:
+def _layout(config: Config, settings: TrainingSettings, architecture: Config) -> Layout:
     """Layout of the rows. FlashAttention never needs a mask; for a single row, sdpa needs it only with a window."""
     implementation = _attention(config)
     if implementation == "flash_attention_2":
@@ -190,7 +190,7 @@ def oldest_alike(capability: tuple[int, int]) -> tuple[int, int]:
     return (8, 0)
 
 
-def _refuse_unplannable(config: Config, settings: TrainingSettings, architecture: dict[str, Any]) -> None:
+def _refuse_unplannable(config: Config, settings: TrainingSettings, architecture: Config) -> None:
     if settings.adapter not in (None, "lora", "qlora"):
         raise UserError(f"adapter: {settings.adapter} cannot be planned; plans support lora, qlora or no adapter")
     if "quantization_config" in architecture:
@@ -227,7 +227,7 @@ def split_keys(config: Config) -> list[str]:
     return [key for key in ("tensor_parallel_size", "context_parallel_size") if (config.get(key) or 1) > 1]
 
 
-def _untraced(config: Config, settings: TrainingSettings, architecture: dict[str, Any]) -> Iterator[str]:
+def _untraced(config: Config, settings: TrainingSettings, architecture: Config) -> Iterator[str]:
     """Notes on other settings whose effect on the memory is not traced: combinations, and certain values of keys."""
     if settings.targets == "all-linear" and {"embed_tokens", "lm_head"} & {*listed(config, "lora_target_modules")}:
         yield "lora_target_modules: planned only with the linear layers; training needs more memory"

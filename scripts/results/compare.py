@@ -10,6 +10,7 @@ from typing import Any
 from ..base.errors import UserError
 from ..base.files import Row, read_rows
 from ..base.terminal import say, say_once
+from ..base.yamlfiles import Config
 from ..config import merging
 from ..data.published import Point
 from ..evaluate import intervals
@@ -243,7 +244,7 @@ def _losses(folder: RunDir) -> dict[int, float | None]:
     return {record["step"]: record["loss"] for record in folder.read_metrics() if "loss" in record}
 
 
-def _settings(folder: RunDir, run: Run) -> dict[str, Any]:
+def _settings(folder: RunDir, run: Run) -> Config:
     """Settings, data, versions and machine of a run."""
     settings = trained_settings(folder.config)
     settings |= merging.flatten(run.provenance, "provenance")

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from ..base.files import Row
+from ..base.yamlfiles import Config
 from ..config.training_settings import TrainingSettings
 from ..evaluate import intervals, scores_file
 from ..evaluate.intervals import Interval
@@ -40,7 +41,7 @@ class Setup:
     """
 
     recipe: str
-    settings: dict[str, Any]
+    settings: Config
     data: list[str]
     files: list[str]
     ranks: int

@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from ..base.files import Row
 from ..base.yamlfiles import Config
@@ -321,7 +320,7 @@ def other_training(run: Run) -> Config:
     return {key: value for key, value in changes.items() if not _SAME_TRAINING.fullmatch(key)}
 
 
-def trained_settings(cfg: Config) -> dict[str, Any]:
+def trained_settings(cfg: Config) -> Config:
     """Settings of a config by dotted key, without trackers and output folders."""
     settings = {}
     for key, value in merging.flatten(cfg):

@@ -6,7 +6,7 @@ With `recipe reproduce --from`, only published predictions are scored, or publis
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..base import paths, tables, yamlfiles
 from ..base.errors import UserError, WorkFailed, meant
@@ -146,7 +146,7 @@ def outline(
     backend: Backend,
     gpu: Gpu | None,
     seeds: int = 1,
-) -> dict[str, Any]:
+) -> Row:
     """Preview `reproduce` with the same arguments, without starting anything.
 
     Plans are cached.
@@ -245,7 +245,7 @@ def _has_files(form: PreparedFormat) -> bool:
     return any(Path(form.folder).glob("[!.]*"))
 
 
-def show_outline(outlined: dict[str, Any], json: bool) -> None:
+def show_outline(outlined: Row, json: bool) -> None:
     """Print the preview from `outline`."""
     rows, lines = outlined["recipes"], [f"data: {line}" for line in outlined["data"]]
     if sizes := outlined["models"]:
@@ -341,9 +341,7 @@ def _needed_formats(study: Study, configs: list[Composed]) -> Iterator[tuple[str
     return ((name, form) for name, form in study.data.formats.items() if Path(form.folder) in needed)
 
 
-def score_predictions(
-    study: Study, only: Sequence[str], scorer: str | None
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def score_predictions(study: Study, only: Sequence[str], scorer: str | None) -> tuple[list[Row], dict[str, str]]:
     """Fetch and score a study's published predictions.
 
     Args:

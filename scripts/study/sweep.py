@@ -18,6 +18,7 @@ from ..base.files import parse_json, read_bytes, write_atomically
 from ..base.paths import find_recipe
 from ..base.processes import held, now
 from ..base.terminal import Bar, say
+from ..base.yamlfiles import Config
 from ..check import schema
 from ..config import merging
 from ..config.compose import Request
@@ -55,7 +56,7 @@ class SweepMember(BaseModel):
     """
 
     name: str
-    values: dict[str, Any]
+    values: Config
     seed: int | None = None
     digest: str | None = None
     planned_gib: float | None = None
@@ -119,7 +120,7 @@ class Grid:
     source: str
     values: dict[str, list[Any]]
     titles: list[str]
-    entries: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+    entries: list[Config] = field(default_factory=lambda: [{}])
 
     @classmethod
     def from_file(cls, file: Path) -> Self:
@@ -185,7 +186,7 @@ class Grid:
             raise UserError(f"two members are called {name}", file=self.source, remedy=remedy)
         return members
 
-    def _member(self, entry: dict[str, Any], values: dict[str, Any]) -> SweepMember:
+    def _member(self, entry: Config, values: Config) -> SweepMember:
         """Member with an entry's settings and one value of each key, named after them."""
         settings = {key: value for key, value in entry.items() if key != NAME}
         titles = [str(entry[NAME])] if NAME in entry else _texts(settings)

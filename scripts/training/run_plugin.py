@@ -22,9 +22,10 @@ from peft import PeftModel
 from pynvml import NVMLError
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from ..base.files import append_line
+from ..base.files import Row, append_line
 from ..base.hardware import GIB
 from ..base.processes import LOCK_TIMEOUT, end_with_parent, held
+from ..base.yamlfiles import Config
 from ..config import models
 from ..config.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
 from . import losses
@@ -56,7 +57,7 @@ class RunPlugin(BasePlugin):
         _note(cfg.output_dir, phase="reading and tokenizing rows")
         cfg.is_preprocess = False
 
-    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+    def get_training_args(self, cfg: Any) -> Config | None:
         """Arguments for transformers' trainer that Axolotl does not set.
 
         Without a GPU, bf16 needs `use_cpu`. On several GPUs, Axolotl gives each GPU the same weight in a step,
@@ -64,7 +65,7 @@ class RunPlugin(BasePlugin):
         trackio takes its project from these arguments alone. Without trackio_static_space_id=False, a push to the
         hub publishes a Space.
         """
-        args: dict[str, Any] = {"use_cpu": not torch.cuda.is_available()}
+        args: Config = {"use_cpu": not torch.cuda.is_available()}
         args["logging_nan_inf_filter"] = False  # the filter logs a NaN loss as 0
         if WORLD_SIZE > 1:
             args["average_tokens_across_devices"] = True
@@ -185,7 +186,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start handling SIGTERM, check the engine, and write the first record."""
         signal.signal(signal.SIGTERM, self._stop)
-        first: dict[str, Any] = self.parameters or {}
+        first: Row = self.parameters or {}
         if self.engine:
             check_engine(self.engine, self.trainer)
             first = first | {"engine": self.engine}
@@ -234,7 +235,7 @@ class RunCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the trainer's log entry for a step or an evaluation; ignore others, such as that of the end."""
-        logs: dict[str, Any] = kwargs["logs"]
+        logs: Row = kwargs["logs"]
         if logs.keys().isdisjoint({"loss", "eval_loss", losses.NAME}):
             return
         usage = _usage()
@@ -272,7 +273,7 @@ class RunCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the reason for the end, and the last step, which the trainer does not always log."""
-        ended: dict[str, Any] = {"ended": self._how_it_ended(state, control)}
+        ended: Row = {"ended": self._how_it_ended(state, control)}
         if args.load_best_model_at_end and state.best_model_checkpoint:  # the trainer has loaded it
             ended["kept_step"] = step_of(Path(state.best_model_checkpoint))
         if self.step_seconds:  # the steps since the last log entry
@@ -293,7 +294,7 @@ class RunCallback(TrainerCallback):
                 return "early stopping"
         return "signal" if self.stopped else "callback"
 
-    def _append(self, state: Any, record: dict[str, Any]) -> None:
+    def _append(self, state: Any, record: Row) -> None:
         _write(self.file, {"step": state.global_step, "max_steps": state.max_steps} | record)
 
 
@@ -377,13 +378,13 @@ def _note(output: str, **record: Any) -> None:
     _write(Path(output).with_name("metrics.jsonl"), record)
 
 
-def _write(file: Path, record: dict[str, Any]) -> None:
+def _write(file: Path, record: Row) -> None:
     """Append a record with the time to a file, on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
         append_line(file, orjson.dumps({"time": time.time()} | record))
 
 
-def _usage() -> dict[str, Any]:
+def _usage() -> Row:
     if not torch.cuda.is_available():
         return {"rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
     usage = {"memory_reserved_gib": torch.cuda.max_memory_reserved() / GIB}

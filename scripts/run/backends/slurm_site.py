@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
@@ -15,6 +15,7 @@ from ...base import paths, yamlfiles
 from ...base.errors import UserError
 from ...base.secrets import is_secret
 from ...base.terminal import say_once
+from ...base.yamlfiles import Config
 from ...config.merging import flatten, merge
 from ...training.run_record import Job, JobState
 from . import Step
@@ -83,7 +84,7 @@ def site_settings(overrides: Sequence[str]) -> Site:
     return site
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> Config:
     """Read a mapping with values as text; YAML would turn 12:00:00 into a number."""
     content = yamlfiles.parse(yamlfiles.read_text(file), file, yaml.BaseLoader) or {}
     if not isinstance(content, dict):
@@ -91,8 +92,8 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _site(content: dict[str, Any], where: str) -> Site:
-    site: dict[str, Any] = {"options": {}, "of_step": {}}
+def _site(content: Config, where: str) -> Site:
+    site: Config = {"options": {}, "of_step": {}}
     for key, value in content.items():
         if key in ("gpu", "prefix", "setup"):
             site[key] = value
