@@ -46,7 +46,7 @@ def visible_gpus() -> dict[str, GpuInfo]:
     by MIG stands for its first instance. Numbers follow CUDA_DEVICE_ORDER=PCI_BUS_ID, because CUDA's default order puts
     the fastest GPU first by an unpublished rule.
     """
-    visible: dict[str, GpuInfo] = {}
+    visible = {}
     with _driver() as handles:
         numbers = ",".join(map(str, range(len(handles))))
         listed = os.environ.get("CUDA_VISIBLE_DEVICES", numbers)

@@ -75,7 +75,7 @@ def shown(file: Path) -> str:
 
 def similar_paths(missing: Path) -> str:
     """Hint with the most similar name in a missing path's folder."""
-    names: dict[str, Path] = {}
+    names = {}
     with suppress(OSError):  # no folder, or not readable
         names = {path.name.lower(): path for path in missing.absolute().parent.iterdir() if path.exists()}
     near = get_close_matches(missing.name.lower(), names, 1, 0.75)
@@ -142,7 +142,7 @@ def selected(words: Collection[str] | None) -> list[str]:
     if not words:
         return recipe_names()
     names = [*recipe_names(), *variant_names()]
-    selection: list[str] = []
+    selection = []
     for word in words:
         selection += matching(word, names) or [word]
     return selection

@@ -120,7 +120,7 @@ def add_validation(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[s
         gpu: the GPU; rehearsals ignore it.
         force: the names of findings to override.
     """
-    ready: list[tuple[Report, Composed]] = []
+    ready = []
     for report in reports:
         if report.composed is None:
             continue

@@ -229,7 +229,7 @@ def is_listed(key: str, value: Any, plain: str, patterns: Mapping[str, str]) -> 
 @cache
 def _patterns() -> Mapping[str, str]:
     """`_PATTERNS`, with the types of data sets that are part of Axolotl."""
-    types: list[str] = []
+    types = []
     for name in ("SFTDataset", "DPODataset", "KTODataset"):
         types += schema.load()["$defs"][name]["properties"]["type"]["anyOf"][0]["enum"]
     one_word = r"\w+"  # a module of Axolotl, or an error of the schema

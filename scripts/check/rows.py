@@ -32,7 +32,7 @@ def check_rows(config: Config, wrong: Collection[str] = ()) -> tuple[list[Findin
     """
     special = models.find(config).special_tokens
     findings: list[Finding] = []
-    sizes: list[Row] = []
+    sizes = []
     seen: dict[int, str] = {}
     for dataset in datafiles.datasets(config):
         if f"{dataset.key}.type" in wrong:

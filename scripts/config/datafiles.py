@@ -274,7 +274,7 @@ def named_files(config: Config) -> list[DataFile]:
     From a model's folder, this function lists settings, tokenizer, and an adapter's weights, but not the base weights.
     The rehearsal's stand-in, which is created on demand, is left out.
     """
-    files: set[Path] = set()
+    files = set()
     for key, name in flatten(config):
         if not _names_file(key, name) or Path(name).is_relative_to(paths.cache()):
             continue

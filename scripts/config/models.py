@@ -151,7 +151,7 @@ def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:
         targets: the names of the layers.
         layers: the names of the other family's layers, as in LAYERS.
     """
-    names: list[str] = []
+    names = []
     for target in targets:
         names += _counterparts(target, layers)
     return list(dict.fromkeys(names))

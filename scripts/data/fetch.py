@@ -62,7 +62,7 @@ def fetch(data: Data, out: Path, wanted: Iterable[str]) -> list[Row]:
     with held(out / ".fetch.lock", "another fetch is running"), naming(out):
         for folder in out.glob(".fetching-*"):  # leftovers of a killed process
             shutil.rmtree(folder, ignore_errors=True)
-        rows: list[Row] = []
+        rows = []
         for name in wanted:
             rows += _fetch_source(name, data, out)
     return rows
@@ -177,7 +177,7 @@ def _download_from_hub(name: str, source: DataSource, file: Path) -> None:
 def _extracted(file: Path, source: DataSource, wanted: Mapping[str, SourceFile], staging: Path) -> dict[str, Path]:
     """Extract wanted files from a zip, by name without folders."""
     _verify(file.name, file, SourceFile(sha256=source.sha256))
-    members: defaultdict[str, list[zipfile.ZipInfo]] = defaultdict(list)
+    members = defaultdict(list)
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             members[PurePath(member.filename).name].append(member)

@@ -17,7 +17,7 @@ from ..base.errors import UserError
 from ..base.files import Row, read_json, replacing, sha256
 from ..base.processes import LOOK, held, make_once
 from . import manifest, studies
-from .declaration import SPLITS, Mistake, Order, Subset
+from .declaration import SPLITS, Order, Subset
 from .raw_rows import BadRow, Expression, RawFile, RowMaker, find_files
 from .studies import Study, refusal
 
@@ -73,7 +73,7 @@ def require_own(out: Path, study: Study, file: Path) -> None:
 
 def check_expressions(study: Study) -> None:
     """Raise UserError, with file and line, if a study has invalid expressions."""
-    mistakes: list[Mistake] = []
+    mistakes = []
     for key, text in study.data.expressions():
         try:
             Expression(key[-1], text)

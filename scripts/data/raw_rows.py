@@ -128,7 +128,7 @@ def role_colon(messages: list[dict[str, str]]) -> list[Row]:
     This follows the renderer of the same name in thinking-machines-lab/tinker-cookbook. Loss is on the last answer and
     on the `User:` after it.
     """
-    segments: list[Row] = []
+    segments = []
     for message in messages:
         header, content = f"{message['role'].capitalize()}:", f" {message['content']}\n\n"
         segments += [{"label": False, "text": header}, {"label": False, "text": content}]

@@ -295,7 +295,7 @@ def _load(source: RowSource, rows_file: Path, run: Run, cfg: Config) -> None:
         from ..training.tokens import Tokenizer
 
         tokenizer = Tokenizer(cfg)
-        pairs: list[tuple[DatasetRef, Row]] = []
+        pairs = []
         if source.held_out:
             pairs = tokenizer.held_out()
         else:
@@ -314,7 +314,7 @@ def trained_positions(test: EvaluationRows, run: Run, cfg: Config) -> list[int] 
     """
     if cfg.get("val_set_size") or run.changed_data:
         return None
-    trained: set[int] = set()
+    trained = set()
     for dataset in datafiles.training_sets(cfg):
         file = datafiles.jsonl(dataset.entry, Path(run.cwd))
         if file is None:

@@ -194,7 +194,7 @@ def read_part(
     Raises:
         UserError: the file has predictions of more rows.
     """
-    done: dict[int, Row] = {}
+    done = {}
     lines = read_bytes(part).split(b"\n") if part.is_file() else []
     for line in lines:
         with suppress(ValueError):  # skips lines truncated by a killed process or a power failure

@@ -94,7 +94,7 @@ class Prompter:
         Raises:
             UserError: Axolotl cannot tokenize the rows, a row has no prompt or no answer, or the context is too short.
         """
-        by_dataset: dict[DatasetRef, list[Row]] = defaultdict(list)
+        by_dataset = defaultdict(list)
         for row in rows:
             by_dataset[row.dataset].append(row.content)
         examples = {dataset: iter(self._examples(dataset, contents)) for dataset, contents in by_dataset.items()}
@@ -118,7 +118,7 @@ class Prompter:
         kind = row_type(dataset)
         tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
         require_one_each(data, dataset, rows, tokenized)
-        examples: list[Example] = []
+        examples = []
         for row, tokens in zip(rows, tokenized, strict=True):
             prompt, answer = tokens.parts()
             reference = row.get(kind.reference)
@@ -128,8 +128,8 @@ class Prompter:
         if not isinstance(kind, Chat):
             return examples
         strategy = load_strategy("chat_template", self.tokenizer, cfg, dataset)
-        shared: list[Example] = []  # whose answer begins with a token that holds the prompt's end, too
-        neutral: list[Row] = []
+        shared = []  # whose answer begins with a token that holds the prompt's end, too
+        neutral = []
         for row, example in zip(rows, examples, strict=True):
             example.messages = _prompt_messages(strategy, row)
             text = kind.answer_of(row).strip()

@@ -147,7 +147,7 @@ def requested(texts: Iterable[str]) -> dict[str, Column]:
     Raises:
         UserError: a value is malformed, or two columns have the same name.
     """
-    columns: dict[str, Column] = {}
+    columns = {}
     for text in texts:
         if text.startswith(SCORER):
             continue

@@ -266,7 +266,7 @@ def usage(trace: MemoryTrace) -> Usage:
     allocator = Allocator(trace.expandable)
     blocks: dict[int, Block] = {}
     held: Counter[str] = Counter()
-    parts: dict[str, int] = {}
+    parts = {}
     for events in (trace.loaded, trace.step, trace.step):
         allocator.reset_peaks()
         for storage, size in events:

@@ -168,7 +168,7 @@ def _log(composed: Composed, gpu: Gpu | None, training: Work) -> ComparedLog | N
 
 def _add_findings(planned: Plan, findings: list[Finding]) -> None:
     """Add notes on findings about GPU and code to a plan; a GPU that lacks a feature does not fit."""
-    lacks: list[str] = []
+    lacks = []
     for finding in findings:
         if finding.scope not in ("gpu", "code"):
             continue

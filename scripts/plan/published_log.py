@@ -96,7 +96,7 @@ class PlannedLog:
         refuse(wrong)
         step_plan, _ = plan_step(config, gpu)
         steps = TrainingSettings.of(config).steps(log.rows or study.data.rows_of("train"))
-        points: list[Point] = []
+        points = []
         if log.learning_rates:
             points = read_points(study.folder / log.learning_rates, "learning_rate")
         return cls(log, config, step_plan, steps, points)

@@ -90,7 +90,7 @@ class Card:
     @property
     def differences(self) -> list[Row]:
         """Differences from the recipe, except those of private keys."""
-        rows: list[Row] = []
+        rows = []
         for difference in self.result.run.differences:
             if not is_private(difference.key):
                 shown = difference.without_secrets()

@@ -282,7 +282,7 @@ def curve_gap(metrics: Iterable[Row], curve: Sequence[Point]) -> CurveGap | None
     """
     losses = [(record["step"], record["loss"]) for record in metrics if record.get("loss") is not None]
     last = max((step for step, _ in losses), default=0)
-    gaps: dict[int, float] = {}
+    gaps = {}
     for (previous, _), (step, published) in pairwise([(0, 0.0), *curve]):
         averaged = [loss for loss_step, loss in losses if previous < loss_step <= step]
         if averaged and step <= last:

@@ -130,8 +130,8 @@ def mean_score(column: Column, results: Sequence[RunResult]) -> MeanScore:
     covers the noise between runs only, because all were scored on the same tokens. That of other metrics needs each
     run's interval over its rows. A single run borrows the spread of published repeats.
     """
-    scored: list[RunResult] = []
-    scores: list[float] = []
+    scored = []
+    scores = []
     for result in results:
         score, scorer = result.score(column), model_record(column, result.score_records)
         if score is not None and scorer == model_record(column, results[0].score_records):

@@ -55,7 +55,7 @@ def selected_recipes(study: Study, only: Sequence[str]) -> list[str]:
     if not only:
         return list(study.published)
     recipes = study.recipes
-    selected: list[str] = []
+    selected = []
     for name in only:
         selected += paths.matching(name, recipes) or [meant(name, recipes, "recipe of the study", option="--only")]
     return list(dict.fromkeys(selected))
@@ -163,7 +163,7 @@ def outline(
     """
     requested = _requested_runs(study, request, only, seeds)
     pipelines = {pipeline.result.label: pipeline for pipeline in pipelines_of(requested, evaluation, backend, gpu)}
-    rows: list[Row] = []
+    rows = []
     sizes: dict[str, float] = {}
     with Bar("planning", len(requested)) as bar:
         for result, _ in requested:

@@ -246,8 +246,8 @@ def sweep(
         WorkFailed: BERTScore's model cannot be loaded.
     """
     members = grid.members()
-    records: list[Sweep] = []
-    requested: list[tuple[TaskResult, Request]] = []
+    records = []
+    requested = []
     for request in requests:
         recipe, _ = find_recipe(request.name)
         seeded = _seeded(members, request.name, seeds)

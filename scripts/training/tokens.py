@@ -197,7 +197,7 @@ class Tokenizer:
         for position, ids in enumerate(held_out["input_ids"]):
             positions[tuple(ids)].append(position)
         cut = self.cfg.sequence_len if str(self.cfg.excess_length_strategy).lower() == "truncate" else None
-        by_position: dict[int, tuple[DatasetRef, Row]] = {}
+        by_position = {}
         with Bar("finding held-out rows"):
             for dataset in datafiles.training_sets(self.cfg):
                 for rows in batched(self.load(dataset), 1000):

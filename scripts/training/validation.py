@@ -45,7 +45,7 @@ def validate(configs: Sequence[Composed], gpu: Gpu | None) -> list[list[Finding]
     if gpu is None or any(composed.rehearsal for composed in configs):
         gpu = ANY_GPU
     files = [_cache_file(composed.config, gpu) for composed in configs]
-    by_file: dict[Path, list[Row]] = {}
+    by_file = {}
     missing = {}
     for file, composed in zip(files, configs, strict=True):
         rows = read_json(file).get("findings")

@@ -196,7 +196,7 @@ class _Renderer:
 
     def readme(self, recipes: list[_Recipe]) -> str:
         """Text of README.md, with a table of recipes for each study."""
-        starts: list[Row] = []
+        starts = []
         by_study: dict[str, tuple[Study, list[Row]]] = {}
         shipped = read_json(paths.HOURS)
         for recipe in recipes:

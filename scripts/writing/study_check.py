@@ -34,7 +34,7 @@ def _recipe_errors(names: list[str]) -> list[Finding]:
     """Errors in recipes."""
     reports = [check.check_request(Request(name)) for name in names]
     check.add_validation(reports, None)
-    errors: list[Finding] = []
+    errors = []
     for report in reports:
         errors += [finding for finding in report.findings if finding.level == "error"]
     return errors

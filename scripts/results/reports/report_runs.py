@@ -145,7 +145,7 @@ def _score_columns(reported: ReportedRun, by_heading: Mapping[str, Column]) -> d
     for name, evaluation in (reported.decoded | reported.of_other_models).items():
         evaluations[f"{label}: {name}"] = evaluation
     columns = {name: _scores(evaluation, by_heading) for name, evaluation in evaluations.items() if evaluation}
-    published: dict[str, str] = {}
+    published = {}
     for name, score in reported.scores.items():
         if score.difference is not None:  # from the published score
             heading = registry.heading(reported.columns[name], by_heading)
@@ -158,7 +158,7 @@ def _score_columns(reported: ReportedRun, by_heading: Mapping[str, Column]) -> d
 def _scores(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[str, str]:
     """Scores of an evaluation as text, with intervals, scorer models and shares of rows."""
     texts = {"rows": tables.text_of(evaluation.shares.rows)}
-    details: dict[str, str] = {}
+    details = {}
     for name, record in evaluation.scores.items():
         column = evaluation.columns[name]
         if record.value is not None:

@@ -115,9 +115,9 @@ class Slurm:
 
     def _queue(self, batch: "Batch", claimed: Sequence[list[Command]]) -> None:
         """Submit the commands of each task: a training, an evaluation, or both in this order."""
-        trainings: list[Command] = []
-        evaluations: list[Command] = []  # each waits for the training with the same index
-        scoring_only: list[Command] = []  # evaluations whose training is not among these tasks
+        trainings = []
+        evaluations = []  # each waits for the training with the same index
+        scoring_only = []  # evaluations whose training is not among these tasks
         for commands in claimed:
             for command in commands:
                 if command.step == "run":
@@ -126,7 +126,7 @@ class Slurm:
                     evaluations.append(command)
                 else:
                     scoring_only.append(command)
-        preparing: dict[str, Command] = {}  # by folder of the prepared rows
+        preparing = {}  # by folder of the prepared rows
         for training in trainings:
             preparing[training.folder.prepared] = _preparing(training)
         prepared = batch.submit("prepare", list(preparing.values()))
