@@ -73,6 +73,11 @@ class DatasetRef:
         return str(self.entry.get("path"))
 
     @property
+    def type_name(self) -> str:
+        """Type of the rows as text."""
+        return str(self.entry.get("type"))
+
+    @property
     def split(self) -> str:
         """Split of the data set; by default that of its section, or the only one of a file."""
         is_file = Path(self.path).is_file()
@@ -115,7 +120,7 @@ def in_section(config: Config, section: Section) -> list[DatasetRef]:
 
 def chat_options(config: Config) -> str:
     """Options that make `axolotl inference` use the training prompt; empty if Axolotl lacks them."""
-    types = {str(dataset.entry.get("type")) for dataset in training_sets(config)}
+    types = {dataset.type_name for dataset in training_sets(config)}
     return {"chat_template": "--chat", "alpaca": "--prompter AlpacaPrompter"}.get("".join(types), "")
 
 

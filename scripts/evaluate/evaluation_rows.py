@@ -186,7 +186,7 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
     """
     key = next((key for key in WITHOUT_ANSWERS if cfg.get(key)), "")
     for dataset in datafiles.datasets(cfg) if source is None else source.datasets:
-        if str(dataset.entry.get("type")).startswith("completion"):
+        if dataset.type_name.startswith("completion"):
             key = f"{dataset.key}.type"
     if key:
         raise UserError(

@@ -259,7 +259,7 @@ class Migration:
     def update_datasets(self) -> None:
         """Turn rows of type sharegpt, and renamed keys of data sets, into today's."""
         for dataset in datafiles.datasets(self.config):
-            kind = _SHAREGPT.fullmatch(str(dataset.entry.get("type")))
+            kind = _SHAREGPT.fullmatch(dataset.type_name)
             if kind:
                 self._chat_rows(dataset, kind[1] or "")
             for key, new in tables()["datasets"].items():
@@ -372,7 +372,7 @@ def evidence(config: Config) -> dict[str, Version]:
         if "last" in change and (config[key] or "to" not in change):
             signs[key] = Version(change["last"])
     for dataset in datafiles.datasets(config):
-        if _SHAREGPT.fullmatch(str(dataset.entry.get("type"))):
+        if _SHAREGPT.fullmatch(dataset.type_name):
             signs[f"{dataset.key}.type"] = _LAST_WITH_SHAREGPT
     return signs
 
