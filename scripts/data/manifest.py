@@ -18,20 +18,24 @@ def entries(out: Path) -> dict[str, Row]:
     return {name: entry for name, entry in splits.items() if isinstance(entry, dict)}
 
 
+def _subsets(splits: dict[str, Row]) -> dict[str, Row]:
+    """Entries of the subsets of test rows, by name."""
+    return splits.get("test", {}).get("subsets", {})
+
+
 def lists(out: Path, study: Study, file: Path) -> bool:
     """True if a folder's manifest was written for a study, and lists a file."""
     if read_json(out / MANIFEST).get("study") != study.folder.name:
         return False
     splits = entries(out)
-    subsets = splits.get("test", {}).get("subsets", {})
-    return file.name in {MANIFEST, *(f"{name}.jsonl" for name in (*splits, *subsets))}
+    return file.name in {MANIFEST, *(f"{name}.jsonl" for name in (*splits, *_subsets(splits)))}
 
 
 def update(out: Path, study: Study, splits: dict[str, Row]) -> Row:
     """Update splits in the manifest, after deleting files of subsets that it will no longer list."""
     former = entries(out)
     if "test" in splits:
-        for key in former.get("test", {}).get("subsets", {}).keys() - splits["test"]["subsets"]:
+        for key in _subsets(former).keys() - splits["test"]["subsets"]:
             (out / Path(f"{key}.jsonl").name).unlink(missing_ok=True)  # a subset of earlier test rows
     made_by = f"qlora-recipes {__version__}"
     manifest = {"made_by": made_by, "study": study.folder.name, "splits": former | splits}
@@ -109,8 +113,7 @@ def is_not_prepared(study: Study, out: Path, input_format: str) -> str | None:
             return f"{name}.jsonl was prepared with another input format, other raw files, expressions or settings"
         if entry.get("is_the_study_file") is False:
             return f"{name}.jsonl was prepared from a file other than the study's"
-    subsets = splits.get("test", {}).get("subsets", {})
-    for entry in (*splits.values(), *subsets.values()):
+    for entry in (*splits.values(), *_subsets(splits).values()):
         file = out / str(entry.get("file"))
         if not file.is_file() or sha256(file) != entry.get("sha256"):
             return f"{file.name} is missing or differs from its checksum in {MANIFEST}"
