@@ -173,7 +173,7 @@ class Metric(ABC):
         name: name in study.yaml, options and files.
         label: name in tables and figures.
         hub_type: type in https://huggingface.co/metrics.
-        low, high: lowest and highest possible value; `high` is None without an upper limit.
+        low, high: lowest and highest possible value, by default 0 and 100; `high` is None without an upper limit.
         source: source of the definition.
         unit: unit, such as %; empty for a plain number.
         higher_is_better: True if higher values are better.
@@ -184,9 +184,9 @@ class Metric(ABC):
     name: str
     label: str
     hub_type: str
-    low: float
-    high: float | None
     source: str
+    low: float = 0
+    high: float | None = 100
     unit: str = ""
     higher_is_better: bool = True
     parameters: type[Parameters] = Parameters
