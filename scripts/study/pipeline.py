@@ -136,6 +136,15 @@ class Pipeline:
         return self.existing[1].state if self.existing else None
 
     @property
+    def columns(self) -> dict[str, Column]:
+        """Metrics of the evaluation.
+
+        Raises:
+            UserError: see `columns_of`.
+        """
+        return columns_of(self.composed.origin, self.evaluation.metrics)
+
+    @property
     def rows_digest(self) -> str:
         """Key shared by pipelines whose tokenized rows are the same, apart from effects of the seed."""
         return replace(self.composed, config=self.composed.config | {"seed": None}).rows_digest
@@ -187,8 +196,7 @@ class Pipeline:
     def _benchmark_errors(self) -> list[str]:
         """Errors of the benchmarks that the evaluation needs."""
         try:
-            columns = columns_of(self.composed.origin, self.evaluation.metrics)
-            benchmarks.require(columns, self.request.rehearse, self.evaluation.force)
+            benchmarks.require(self.columns, self.request.rehearse, self.evaluation.force)
         except UserError as error:
             return [str(error)]
         return []
@@ -327,8 +335,7 @@ class Pipeline:
 
     def _generates(self) -> bool:
         """True if any metric needs predictions; eval loss metrics do not."""
-        columns = columns_of(self.composed.origin, self.evaluation.metrics)
-        return any(not isinstance(column.metric, LossMetric) for column in columns.values())
+        return any(not isinstance(column.metric, LossMetric) for column in self.columns.values())
 
     def _evaluation(self) -> str | None:
         """State of the existing run's evaluation; None if it still has to start.
