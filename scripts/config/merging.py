@@ -290,6 +290,15 @@ def chained(first: Sequence[Difference], second: Sequence[Difference]) -> list[D
 _ORIGINAL = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
 
 
+def recipe_content(name: str) -> Config:
+    """Content of a recipe's file, found by name.
+
+    Raises:
+        UserError: no recipe or several recipes match, or the file is malformed.
+    """
+    return yamlfiles.read_yaml(paths.find_recipe(name)[1])
+
+
 def ancestors(file: Path) -> list[str]:
     """Originals of a variant or copy, nearest first, as listed in its header comments.
 
@@ -344,7 +353,7 @@ def recipe_diff(a: str, b: str) -> list[Row]:
     """
     if not b:
         a, b = _parent(a), a
-    first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
+    first, second = map(recipe_content, (a, b))
     rows = []
     for key, (left, right) in differences(first, second).items():
         if key not in OF_THE_RUN:

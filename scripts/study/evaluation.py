@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 
-from ..base import paths, yamlfiles
+from ..base import paths
 from ..base.errors import UserError, WorkFailed
 from ..base.files import read_json, sha256, tensor_shapes, write_json
 from ..base.hub import importing_axolotl
@@ -16,7 +16,7 @@ from ..base.paths import find_recipe
 from ..base.terminal import say
 from ..config import datafiles, models, substitution
 from ..config.compose import MIRROR, Composed, Request
-from ..config.merging import Override
+from ..config.merging import Override, recipe_content
 from ..data.published import FORK_WEIGHTS, AdapterFormat
 from ..evaluate import evaluate, evaluation_rows
 from ..evaluate.evaluate import EvaluationRequest, EvaluationTask
@@ -161,7 +161,7 @@ def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
     The base model is the recipe's model, an ungated copy of it, or a rehearsal's stand-in.
     """
     trained_on = str(read_json(adapter / CONFIG).get("base_model_name_or_path"))
-    base_model = yamlfiles.read_yaml(find_recipe(name)[1]).get("base_model")
+    base_model = recipe_content(name).get("base_model")
     request = Request(name, rehearse=Path(trained_on).name == substitution.folder().name, force=[*force])
     if models.is_copy(trained_on, base_model):
         if trained_on != base_model:

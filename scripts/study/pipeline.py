@@ -6,15 +6,15 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from ..base import paths, yamlfiles
+from ..base import paths
 from ..base.errors import UserError
-from ..base.paths import find_recipe
 from ..base.terminal import say, say_once
 from ..check import check
 from ..config import compose, datafiles
 from ..config.compose import Request
 from ..config.finding import Finding, is_found_at_start, unknown_force
 from ..config.gpus import Gpu
+from ..config.merging import recipe_content
 from ..config.training_settings import TrainingSettings
 from ..evaluate import benchmarks, evaluate
 from ..evaluate.evaluate import EvaluationRequest, EvaluationTask
@@ -63,7 +63,7 @@ def seeds_of(recipe: str, count: int, overridden_keys: Collection[str]) -> list[
         return [None]
     if "seed" in overridden_keys:
         raise UserError("--seeds: seed is already set; give only one of the two")
-    first = TrainingSettings.of(yamlfiles.read_yaml(find_recipe(recipe)[1])).seed
+    first = TrainingSettings.of(recipe_content(recipe)).seed
     return [first + i for i in range(count)]
 
 

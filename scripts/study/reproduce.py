@@ -8,17 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from ..base import paths, tables, yamlfiles
+from ..base import paths, tables
 from ..base.errors import UserError, WorkFailed, meant
 from ..base.files import Row
 from ..base.hardware import GIB
-from ..base.paths import find_recipe
 from ..base.processes import LOCK_TIMEOUT, held
 from ..base.terminal import Bar, say
 from ..config import datafiles, models
 from ..config.compose import MIRROR, Composed, Request
 from ..config.gpus import Gpu
-from ..config.merging import Override
+from ..config.merging import Override, recipe_content
 from ..data import fetch, manifest, prepare
 from ..data.declaration import Data, PreparedFormat
 from ..data.published import Baseline, adapter_files
@@ -294,7 +293,7 @@ def _requested_runs(study: Study, request: Request, only: list[str], seeds: int)
 
 def request_for(shared: Request, recipe: str) -> Request:
     """Request for one recipe, with a mirror only if the model is gated."""
-    base_model = str(yamlfiles.read_yaml(find_recipe(recipe)[1]).get("base_model"))
+    base_model = str(recipe_content(recipe).get("base_model"))
     gated = models.entry_of(base_model).get("gated")
     profiles = [name for name in shared.profiles if gated or paths.find_profile(name)[0] != MIRROR]
     return replace(shared, name=recipe, profiles=profiles)
