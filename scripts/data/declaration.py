@@ -1,5 +1,6 @@
 """Declaration of a study's data in study.yaml: origin and preparation."""
 
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -228,6 +229,11 @@ class Data(Strict):
     def missing(self, files: Iterable[str]) -> list[str]:
         """Names of the sources of files that are not in `raw`."""
         return self.sources_of([file for file in files if not (self.raw / file).is_file()])
+
+    def fetch_command(self, sources: Iterable[str]) -> str:
+        """Command that fetches sources; it names them, because it would leave out some by default."""
+        only = [f"--only {shlex.quote(source)}" for source in sources]
+        return f"`recipe data fetch {self.key} {' '.join(only)}`"
 
     @property
     def formats(self) -> dict[str, PreparedFormat]:

@@ -9,7 +9,7 @@ import time
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -36,7 +36,7 @@ class Rejected(Exception):
     """Content that contradicts study.yaml."""
 
 
-def fetch(data: Data, out: Path, wanted: Iterable[str]) -> list[Row]:
+def fetch(data: Data, out: Path, wanted: Collection[str]) -> list[Row]:
     """Fetch missing files of a data set; existing files are verified, and never replaced.
 
     The next call resumes an interrupted download from <file>.part, or from the hub's cache. A download from a web
@@ -59,12 +59,13 @@ def fetch(data: Data, out: Path, wanted: Iterable[str]) -> list[Row]:
     """
     _require_users_files(data, out, wanted)
     out.mkdir(parents=True, exist_ok=True)
+    by_hand = f"or run {data.fetch_command(wanted)} on another machine and copy the folder to {out}"
     with held(out / ".fetch.lock", "another fetch is running"), naming(out):
         for folder in out.glob(".fetching-*"):  # leftovers of a killed process
             shutil.rmtree(folder, ignore_errors=True)
         rows = []
         for name in wanted:
-            rows += _fetch_source(name, data, out)
+            rows += _fetch_source(name, data, out, by_hand)
     return rows
 
 
@@ -79,8 +80,11 @@ def _require_users_files(data: Data, out: Path, wanted: Iterable[str]) -> None:
                 raise UserError(problem, file=out / file, remedy=f"copy it there, or run {command}")
 
 
-def _fetch_source(name: str, data: Data, out: Path) -> list[Row]:
+def _fetch_source(name: str, data: Data, out: Path, by_hand: str) -> list[Row]:
     """Fetch a source if files of it are missing; return the table rows of its files.
+
+    Args:
+        by_hand: remedy if the server cannot be reached or refuses.
 
     Raises:
         UserError: an existing file differs from study.yaml, or see `fetch`.
@@ -90,7 +94,7 @@ def _fetch_source(name: str, data: Data, out: Path) -> list[Row]:
     missing = [file for file in contents if not (out / file).exists()]
     if missing:
         with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
-            files = _verified_files(name, data, out, Path(staging))
+            files = _verified_files(name, data, out, Path(staging), by_hand)
             for file in missing:
                 (out / file).parent.mkdir(parents=True, exist_ok=True)
                 files[file].replace(out / file)
@@ -118,7 +122,7 @@ def _verify(name: str, file: Path, facts: SourceFile) -> None:
             raise Rejected(f"{name} differs from study.yaml: {key} {expected} expected, {row[key]} found")
 
 
-def _verified_files(name: str, data: Data, out: Path, staging: Path) -> dict[str, Path]:
+def _verified_files(name: str, data: Data, out: Path, staging: Path, by_hand: str) -> dict[str, Path]:
     """Download a source; return the paths of its verified files, in `staging` or the partial download."""
     source = data.sources[name]
     part = out / f"{name}.part"
@@ -134,10 +138,7 @@ def _verified_files(name: str, data: Data, out: Path, staging: Path) -> dict[str
             _version_file(part).unlink(missing_ok=True)
         raise UserError(str(error), file=part, remedy=remedy) from None
     except (UserError, WorkFailed) as error:
-        raise type(error)(
-            f"{error}; or run `recipe data fetch {data.key}` on another machine and copy the folder to {out}, or give "
-            f"files from {data.source or data.name} to `recipe data prepare`"
-        ) from None
+        raise type(error)(f"{error}; {by_hand}") from None
 
 
 def _download_source(name: str, source: DataSource, part: Path, staging: Path) -> dict[str, Path]:

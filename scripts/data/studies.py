@@ -282,9 +282,9 @@ def fetch_command(path: str) -> str | None:
     """Command that fetches a study's raw file or folder; None for other paths."""
     for study in load_all():
         raw = study.data.raw
-        has_file = any((raw / file).is_relative_to(path) for file in study.data.files)
-        if has_file and Path(path).is_relative_to(raw):
-            return f"`recipe data fetch {study.data.key}`"
+        files = [file for file in study.data.files if (raw / file).is_relative_to(path)]
+        if files and Path(path).is_relative_to(raw):
+            return study.data.fetch_command(study.data.sources_of(files))
     return None
 
 

@@ -448,10 +448,7 @@ def _fetch_adapter(study: Study, recipe: str, composed: Composed) -> Path:
         have_data(study, [composed])
         fetch.fetch(data, data.raw, data.sources_of(files))
     elif missing := data.missing(files):
-        fetching = " ".join(f"--only {source}" for source in missing)
-        raise UserError(
-            f"{recipe}: a rehearsal does not fetch the adapter; run `recipe data fetch {data.key} {fetching}`"
-        )
+        raise UserError(f"{recipe}: a rehearsal does not fetch the adapter; run {data.fetch_command(missing)}")
     if any(not data.files[file].sha256 for file in files):
         say(f"{recipe}: adapter not verified, because study.yaml lacks checksums for the files")
     folder = data.raw / published.adapter

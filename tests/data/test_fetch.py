@@ -70,10 +70,8 @@ def message(kind: type[Exception], declared: Data, out: Path) -> str:
 
 def by_hand(out: Path) -> str:
     """End of a message about a server, for `data_of`."""
-    return (
-        f"; or run `recipe data fetch codereviewer` on another machine and copy the folder to {out}, or give files "
-        "from https://zenodo.org/records/1 to `recipe data prepare`"
-    )
+    command = f"recipe data fetch codereviewer --only {ARCHIVE_NAME}"
+    return f"; or run `{command}` on another machine and copy the folder to {out}"
 
 
 def wanted(out: Path) -> dict[str, bytes]:

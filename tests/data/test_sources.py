@@ -45,7 +45,7 @@ def test_a_plain_file_is_kept_as_it_is_and_verified(tmp_path, server):
 
 def test_a_file_put_in_place_by_hand_is_verified_and_not_fetched(tmp_path):
     wanted = data_of({"train.jsonl": plain("https://127.0.0.1:9/none")})
-    with pytest.raises(WorkFailed, match=rf"on another machine .* {tmp_path}, "):
+    with pytest.raises(WorkFailed, match=rf"on another machine .* {tmp_path}$"):
         fetch_all(wanted, tmp_path)
     (tmp_path / "train.jsonl").write_bytes(TRAIN)
     assert [row["verified"] for row in fetch_all(wanted, tmp_path)] == [True]
@@ -147,6 +147,16 @@ def test_a_file_of_a_hubs_repository_is_verified(tmp_path, hub):
     assert [row["file"] for row in rows] == ["init/adapter.safetensors"]
     assert (tmp_path / "out" / "init" / "adapter.safetensors").read_bytes() == ADAPTER
     assert f"/owner/adapter/resolve/{COMMIT}/loftq_init/adapter_model.safetensors" in hub.paths
+
+
+def test_files_are_named_in_the_command_for_another_machine(tmp_path):
+    sources = {"train.jsonl": {"url": "https://127.0.0.1:9/t"}, "my scores.txt": {"url": "https://127.0.0.1:9/scores"}}
+    with pytest.raises(WorkFailed) as failed:
+        fetch(data_of(sources), tmp_path, ["my scores.txt", "train.jsonl"])
+    assert str(failed.value) == (
+        "https://127.0.0.1:9/scores: the connection failed: Connection refused; or run `recipe data fetch codereviewer "
+        f"--only 'my scores.txt' --only train.jsonl` on another machine and copy the folder to {tmp_path}"
+    )
 
 
 @pytest.mark.parametrize(
