@@ -1,5 +1,6 @@
 """`recipe check`: finds the mistakes in a config before anything starts."""
 
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -95,7 +96,7 @@ def check_request(
     return report
 
 
-def tokenize_all(report: Report, ranks: int = 1) -> None:
+def tokenize_all(report: Report, request: Request) -> None:
     """Tokenize the readable rows of a checked config, unless errors in the config or a missing tokenizer prevent it."""
     if any(error.scope in ("code", "step") for error in remaining_errors(report.findings)):
         report.skip("skipped tokenizing the rows, because of errors; correct them, then check again")
@@ -103,11 +104,13 @@ def tokenize_all(report: Report, ranks: int = 1) -> None:
     if report.composed is None or not report.data:
         return
     if not has_tokenizer(report.composed):
-        remedy = "`recipe check --data --rehearse --set datasets.0.split=train[:1000]` takes a small model's"
+        checked = shlex.join([request.name, *request.options])
+        command = f"`recipe check {checked} --data --rehearse --set 'datasets.0.split=train[:1000]'`"
+        remedy = f"{command} takes a small model's"
         report.skip(f"skipped tokenizing the rows: no tokenizer on this machine; {remedy}", "base_model")
         return
     try:
-        tokenize(report, report.composed, ranks)
+        tokenize(report, report.composed, request.ranks)
     except UserError as error:
         report.add([_unreadable(report.name, error)])
 
@@ -233,8 +236,8 @@ def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
     if not has_tokenizer(composed):
         name = composed.config["base_model"]
         revision = composed.config.get("revision_of_model")
-        pinned = f" --revision {revision}" if revision else ""
-        remedy = f"run `hf download {name}{pinned} --include config.json --include 'tokenizer*'`{instead}"
+        pinned = f" --revision {shlex.quote(str(revision))}" if revision else ""
+        remedy = f"run `hf download {shlex.quote(name)}{pinned} --include config.json --include 'tokenizer*'`{instead}"
         raise UserError(f"the tokenizer of {name} is not on this machine", key=option, remedy=remedy)
 
 

@@ -1,6 +1,7 @@
 """Rules about the base model: access, layers, tokens and context."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def unknown_model(case: Case) -> Problems:
     name = case["base_model"]
     if name and not models.is_path(name) and case.model == models.Model():
         problem = f"{name} is not on this machine: its layers, context and special tokens are not checked"
-        remedy = f"to check them, run `hf download {name} --include config.json --include 'tokenizer*'`"
+        remedy = f"to check them, run `hf download {shlex.quote(name)} --include config.json --include 'tokenizer*'`"
         yield "note", "base_model", f"{models.similar(name)} {problem}".lstrip("; "), remedy
 
 

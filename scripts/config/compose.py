@@ -41,6 +41,16 @@ class Request:
         return self.gpus * self.nodes
 
     @property
+    def options(self) -> list[str]:
+        """Arguments --profile and --set for a command."""
+        words: list[str] = []
+        for profile in self.profiles:
+            words += ["--profile", profile]
+        for override in self.overrides:
+            words += ["--set", override.text]
+        return words
+
+    @property
     def gpu_options(self) -> str:
         """Options that request the GPUs."""
         if self.nodes > 1:

@@ -325,7 +325,7 @@ def add_memory_finding(report: check.Report, gpu: Gpu | None, gpus: int | None =
 def _not_planned(config: Config, gpus: int | None) -> Finding | None:
     """Note on a config that plans do not support, or only for a known number of GPUs."""
     if gpus is None and any(config.get(key) for key in ENGINE_KEYS):
-        return _unknown(f"{engine_of(config)} needs the number of GPUs; run `recipe plan --gpus N`")
+        return _unknown(f"{engine_of(config)} needs the number of GPUs; run `recipe plan NAME --gpus N`")
     if offloads(config) or steps.split_keys(config):
         return _unknown("plans do not support offloading to main memory, nor this way of splitting the model")
     return None
@@ -342,10 +342,10 @@ def _memory_finding(config: Config, gpu: Gpu, gpus: int, trace: bool) -> Finding
     except UserError as error:
         return _unknown(str(error), "base_model")
     if needed is None:
-        return _unknown("run `recipe plan`")
+        return _unknown("run `recipe plan NAME`")
     usable = usable_gib(gpu)
     if needed <= usable:
         return None
     place = f" on each of {gpus} GPUs under {engine_of(config)}" if gpus > 1 else ""
     problem = f"a full batch needs {needed:.1f} GiB{place}; {usable:.1f} GiB of {gpu} are usable"
-    return Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan --gpu` lists changes that help")
+    return Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan NAME` lists changes that help")

@@ -61,7 +61,7 @@ def score_sides(sides: Sequence[RunDir | Path], metrics: Sequence[str] = ()) -> 
     run_columns: dict[str, Column] = {}
     for side in sides:
         if isinstance(side, RunDir):
-            scored[side] = _score_run(side.path, requested)
+            scored[side] = _score_run(side, requested)
             run_columns |= scored[side].columns
     for side in sides:
         if isinstance(side, Path):
@@ -73,12 +73,13 @@ def score_sides(sides: Sequence[RunDir | Path], metrics: Sequence[str] = ()) -> 
     return [scored[side] for side in sides]
 
 
-def _score_run(folder: Path, requested: dict[str, Column]) -> ScoredRows:
+def _score_run(run: RunDir, requested: dict[str, Column]) -> ScoredRows:
     """Rows of a run with the scores of its evaluation, and with those of requested metrics."""
+    folder = run.path
     evaluation = read_scores(folder)
     problem = changed(folder, evaluation)
     if evaluation is None or problem:
-        raise UserError(f"{folder}: {problem or 'not evaluated'}; run `recipe evaluate {folder}` first")
+        raise UserError(f"{folder}: {problem or 'not evaluated'}; run `recipe evaluate {run.quoted}` first")
     _report(folder, about_rows(evaluation))
     rows = read_predictions(folder)
     columns, models = {}, {}

@@ -112,7 +112,7 @@ def _refusal(result: RunResult) -> str | None:
     if run.state == "finished" and not result.is_comparable(study.first):
         return (
             f"it needs the recipe's model and data, and a current evaluation of its adapter on {study.test_title}, "
-            f"decoded as in study.yaml; run `recipe evaluate {result.folder.path}`"
+            f"decoded as in study.yaml; run `recipe evaluate {result.folder.quoted}`"
         )
     if result.evaluation:
         settings = result.evaluation.settings

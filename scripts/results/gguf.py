@@ -58,8 +58,9 @@ def write_modelfile(result: RunResult, file: Path, exact: Path) -> list[Path]:
     card, output = Card(result, merged=True, repository="."), result.folder.output
     decoding, modelfile = card.decoding, file.with_name("Modelfile")
     context = int(result.config.get("sequence_len") or 0) + decoding.max_new_tokens
-    say(f"to serve f16: llama-server -m {shlex.quote(str(exact))} --alias {exact.stem} -np 4 -c {4 * context}")
-    say(f"to compare it: recipe evaluate {result.folder.path} --engine http://localhost:8080 --model {exact.stem}")
+    alias = shlex.quote(exact.stem)
+    say(f"to serve f16: llama-server -m {shlex.quote(str(exact))} --alias {alias} -np 4 -c {4 * context}")
+    say(f"to compare it: recipe evaluate {result.folder.quoted} --engine http://localhost:8080 --model {alias}")
     with importing_axolotl(offline=True):
         from ..training.tokens import prompt_text
 

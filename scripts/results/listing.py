@@ -23,7 +23,7 @@ _BELOW = ("scored", "trouble", "changed", "variant of", "jobs", "predictions", "
 def show(folders: Sequence[RunDir], json: bool) -> None:
     """Print the results of runs."""
     results = [RunResult(folder, run) for folder, run in readable(folders, backends.read)]
-    changed = [result.folder.path for result in results if result.changed]
+    changed = [result.folder.quoted for result in results if result.changed]
     if changed:
         say(f"evaluations that are stale or edited: {len(changed)}; for the last, run `recipe evaluate {changed[-1]}`")
     records = (record(result) for result in results)

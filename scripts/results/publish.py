@@ -88,7 +88,7 @@ def _refuse_run(folder: RunDir, run: Run) -> None:
     """Raise UserError if the run has no adapter to publish."""
     adapter = folder.output / ADAPTER
     if run.state != "finished":
-        remedy = f"wait until it ends, or run `recipe resume {folder.path}`"
+        remedy = f"wait until it ends, or run `recipe resume {folder.quoted}`"
         raise UserError(f"the run is {run.state}", file=folder.path, remedy=remedy)
     if run.published_adapter:
         problem = f"the adapter {run.published_adapter} was not trained here"
@@ -100,12 +100,12 @@ def _refuse_run(folder: RunDir, run: Run) -> None:
 
 def _report_evaluation(result: RunResult) -> None:
     """Log a note on the scored rows; or a remedy, if the evaluation is missing or stale."""
-    folder, about = result.folder.path, about_rows(result.evaluation)
+    folder, about = result.folder, about_rows(result.evaluation)
     if result.evaluation is None:
         problem = result.changed or "not evaluated"
-        say(f"{folder}: {problem}; for scores, run `recipe evaluate {folder}` and repeat this command")
+        say(f"{folder.path}: {problem}; for scores, run `recipe evaluate {folder.quoted}` and repeat this command")
     elif about:
-        say(f"{folder}: scored {about}")
+        say(f"{folder.path}: scored {about}")
 
 
 def _merge(result: RunResult) -> Path:

@@ -31,7 +31,7 @@ _HEADINGS = {
 def show_study(study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bool, tuned: Sequence[Row] = ()) -> None:
     """Print a study's results, and records of its published numbers; JSON also has the best member of each sweep."""
     if not rows and not json:
-        say("no recipe of the study has been rehearsed yet; run `recipe reproduce` with --rehearse")
+        say("no recipe of the study has been rehearsed yet; run `recipe reproduce STUDY --rehearse`")
         return
     records = [record(row) for row in rows]
     numbers = []

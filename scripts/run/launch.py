@@ -122,7 +122,7 @@ def _error(folder: RunDir, record: Run, code: int, stopped: bool, log: "LaunchLo
         log: log of the launch.
     """
     launch = record.launches[-1]
-    resume = f"`recipe resume {folder.path}{' --on slurm' if this_job() else ''}` continues it"
+    resume = f"`recipe resume {folder.quoted}{' --on slurm' if this_job() else ''}` continues it"
     if launch.full_disk:
         return WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some space, then {resume}")
     if record.state == "interrupted":
@@ -135,7 +135,7 @@ def _error(folder: RunDir, record: Run, code: int, stopped: bool, log: "LaunchLo
         return WorkFailed(f"{folder.path}: a callback stopped the training at {step}; see {folder.log} for the reason")
     if record.summary.ended == "first loss":
         problem = "stopped: the base model is damaged, or its precision, quantization or tokenizer is wrong"
-        remedy = f"correct it; `recipe resume {folder.path} --force {FIRST_LOSS}` accepts the loss"
+        remedy = f"correct it; `recipe resume {folder.quoted} --force {FIRST_LOSS}` accepts the loss"
         return WorkFailed(f"{folder.path}: {problem}; {remedy}")
     if record.summary.ended == "no batch":
         problem = "no step was trained, because the rows do not fill a batch; add rows or lower micro_batch_size"
@@ -318,7 +318,7 @@ def _full_disk(folder: RunDir, log: LaunchLog) -> str | None:
 def _failed(folder: RunDir, log: LaunchLog, code: int) -> WorkFailed:
     """Error for a failed launch, with the last lines of its log."""
     if log.out_of_gpu_memory:
-        changes = f"`recipe plan {folder.config_file}` shows what needs memory, and which changes help"
+        changes = f"`recipe plan {folder.quoted}/config.yaml` shows what needs memory, and which changes help"
         problem = f"out of GPU memory: {changes}; `nvidia-smi` lists other processes on the GPU"
     elif log.lost_rank:
         problem = f"a rank was killed by signal 9 (SIGKILL); memory probably ran out: {_LESS_MEMORY}"
@@ -340,7 +340,7 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
 
         def report_loss(record: Row) -> None:
             if "loss" in record and record["loss"] is None:
-                say_once(f"  the loss is NaN; `recipe cancel {folder.path}` stops the run at a checkpoint")
+                say_once(f"  the loss is NaN; `recipe cancel {folder.quoted}` stops the run at a checkpoint")
             if high := record.get("high_first_loss"):
                 loss = f"the first training loss is {high['loss']:.4g} over {high['tokens']:,} tokens"
                 say_once(f"  {loss}, but guessing gives {high['guessing']:.4g} [{FIRST_LOSS}]")

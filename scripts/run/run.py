@@ -237,9 +237,9 @@ def hindrance(folder: RunDir, record: Run) -> str | None:
     if this_job() not in {job.id for job in folder.jobs()}:
         job = backends.job_state(folder, "run")
         if job and job.kind != "unknown":
-            return f"the run is {job}; cancel it first with `recipe cancel {folder.path}`"
+            return f"the run is {job}; cancel it first with `recipe cancel {folder.quoted}`"
     if record.state == "finished":
-        return f"the run is finished; evaluate it with `recipe evaluate {folder.path}`"
+        return f"the run is finished; evaluate it with `recipe evaluate {folder.quoted}`"
     output = Path(record.cwd, str(folder.config.get("output_dir")))
     if output.resolve() != folder.output.resolve():
         return f"the run folder was moved, but its config still writes to {output}; move the folder back first"

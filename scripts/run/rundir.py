@@ -1,6 +1,7 @@
 """Run folders: record, state, jobs, metrics, checkpoints, and lookup by name."""
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +37,11 @@ class RunDir:
         self.output = path / "output"
         self._json = path / "run.json"
         self._jobs = path / "jobs.json"  # separate, because a job can write run.json before its id is recorded
+
+    @property
+    def quoted(self) -> str:
+        """Path of the folder, quoted for a shell, for commands in messages."""
+        return shlex.quote(str(self.path))
 
     def runs(self, recipe: str) -> Path:
         """Folder of all runs, derived from this run's path and recipe."""
@@ -153,7 +159,7 @@ class RunDir:
             UserError: another process has the lock, or a link leads to a folder outside the run.
         """
         self.refuse_links()
-        busy = f"the run is still running; `recipe cancel {self.path}` stops it at a checkpoint"
+        busy = f"the run is still running; `recipe cancel {self.quoted}` stops it at a checkpoint"
         with held(self.path / ".lock", busy) as lock:
             yield lock
 

@@ -77,7 +77,7 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
     result = TaskResult(record.recipe)
     evaluation = evaluation_command(folder, request, result)
     if job := backends.job_state(folder, "evaluate", evaluation.words):
-        remedy = f"`recipe cancel {folder.path}` cancels all jobs of the run"
+        remedy = f"`recipe cancel {folder.quoted}` cancels all jobs of the run"
         raise UserError(f"this evaluation is already {job}", file=folder.path, remedy=remedy)
     gpus = 0 if record.rehearsal else 1
     task = Task(result, lambda: [evaluation], gpus, steps=["evaluate"])

@@ -184,7 +184,7 @@ class Pipeline:
         """Check the rows of a checked config that is about to start, and print warnings; True without errors."""
         launching = not self.request.rehearse
         report = check.check_request(self.request, self.gpu, data=True, launching=launching, composed=self.composed)
-        check.tokenize_all(report, self.request.ranks)
+        check.tokenize_all(report, self.request)
         findings = self._relevant(report)
         return self._record_check(findings, _errors(findings))
 
@@ -230,7 +230,7 @@ class Pipeline:
             self.result.steps["plan"] = "not known"
             return True
         if self._exceeds_memory(required) and TOO_BIG not in self.request.force:
-            problem = f"needs {required:.1f} GiB, more than {self.gpu} has; `recipe plan` lists changes that help"
+            problem = f"needs {required:.1f} GiB, more than {self.gpu} has; `recipe plan NAME` lists changes that help"
             self.result.fail("plan", problem)
             return False
         self.result.steps["plan"] = f"{DONE}: {required:.1f} GiB"
@@ -288,8 +288,7 @@ class Pipeline:
             self.result.steps["run"] = SKIPPED
             return self._evaluation_of(folder, trained=True)
         if record.state == "running" and not folder.jobs():
-            where = folder.path
-            raise UserError(f"{where}: still running; `recipe cancel {where}` stops it at a checkpoint")
+            raise UserError(f"{folder.path}: still running; `recipe cancel {folder.quoted}` stops it at a checkpoint")
         job = backends.job_state(folder, "run")
         if record.state in ("failed", "interrupted") and job is None:
             if _is_resumable(folder, record):

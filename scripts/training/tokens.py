@@ -226,7 +226,7 @@ class Tokenizer:
                 return prepare_datasets(self.cfg, self.tokenizer)[:2]
         except Exception as error:  # files, templates and tokenizers can raise any exception
             problem = f"Axolotl cannot prepare the rows: {type(error).__name__}: {error}"
-            raise UserError(problem, key="datasets", remedy="run `recipe check --data`") from None
+            raise UserError(problem, key="datasets", remedy="run `recipe check NAME --data`") from None
 
 
 def trained_on(content: Config) -> tuple[list[int], float]:

@@ -1,5 +1,6 @@
 """The verb check."""
 
+import shlex
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ from ..base import tables
 from ..base.errors import UserError
 from ..base.paths import selected
 from ..base.terminal import Bar, say
-from .help import Verb, override_options, run_arguments, suggest
+from .help import Verb, run_arguments, suggest
 from .options import Force, Json, Names, Overrides, Profiles
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _suggest_migration(names: list[str]) -> None:
         with suppress(UserError):  # the check reports it
             old = migrate.of_file(name, None)
             if not old.is_current and old.release != str(migrate.supported()):
-                say(f"{name}: written for an older Axolotl; `recipe new NAME --from {name}` migrates it")
+                say(f"{name}: written for an older Axolotl; `recipe new NAME --from {shlex.quote(name)}` migrates it")
 
 
 def _suggest_next(names: list[str], gpu: str | None, requests: "list[Request]", json: bool) -> None:
@@ -90,7 +91,7 @@ def _suggest_next(names: list[str], gpu: str | None, requests: "list[Request]", 
     first = requests[0]
     if not first.rehearse:
         gpu_option = ["--gpu", gpu] if gpu else []
-        suggest("plan", *names, *override_options(first.profiles, first.overrides), *gpu_option, json=json)
+        suggest("plan", *names, *first.options, *gpu_option, json=json)
     elif len(requests) == 1:
         suggest("run", *run_arguments(first), json=json)
 
@@ -157,7 +158,7 @@ def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, quick: bo
     for request, report in zip(requests, reports, strict=True):
         if data:
             with Bar(f"tokenizing {report.name}", 1):
-                check.tokenize_all(report, request.ranks)
+                check.tokenize_all(report, request)
         plan.add_memory_finding(report, gpu)
         override_errors(report.findings, request.force)
     return reports

@@ -115,7 +115,8 @@ def evaluate_verb(
         scores["base"] = of_base
     title = listing.REHEARSALS if folder.read().rehearsal else None
     print_scores(scores, json, title)
-    arguments = f"{folder.config_file} --lora-model-dir {folder.output} {datafiles.chat_options(folder.config)}"
+    where, options = folder.quoted, datafiles.chat_options(folder.config)
+    arguments = f"{where}/config.yaml --lora-model-dir {where}/output {options}"
     say(f"chat: AXOLOTL_DO_NOT_TRACK=1 axolotl inference {arguments}")
     suggest("report", name_of(folder), json=json)
 

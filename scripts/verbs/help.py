@@ -2,7 +2,6 @@
 
 import os
 import shlex
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,6 @@ from ..base.terminal import PART, say
 
 if TYPE_CHECKING:
     from ..config.compose import Request
-    from ..config.merging import Override
     from ..run.rundir import RunDir
 
 
@@ -92,16 +90,6 @@ def suggest(*words: str | Path, json: bool = False) -> None:
         say(f"next: recipe {shlex.join(map(str, [*where, *words]))}")
 
 
-def override_options(profiles: Sequence[str], overrides: "Sequence[Override]") -> list[str]:
-    """Arguments --profile and --set for a command."""
-    words: list[str] = []
-    for profile in profiles:
-        words += ["--profile", profile]
-    for override in overrides:
-        words += ["--set", override.text]
-    return words
-
-
 def name_of(folder: "RunDir") -> str:
     """Name of a run in a command: the folder's name, or its path if outside --runs."""
     return folder.path.name if folder.path.is_relative_to(paths.runs()) else str(folder.path)
@@ -125,7 +113,7 @@ def run_arguments(request: "Request") -> list[str]:
 
     several = ["--gpus", str(request.gpus)] if request.gpus > 1 else []
     rehearsed = rehearse_option(request.rehearse or gpus.here() is None)
-    return [request.name, *override_options(request.profiles, request.overrides), *several, *rehearsed]
+    return [request.name, *request.options, *several, *rehearsed]
 
 
 def rehearse_option(rehearse: bool) -> list[str]:

@@ -11,7 +11,7 @@ from ..base import paths, tables, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, read_json
 from ..base.terminal import harmless, say
-from .help import Verb, override_options, suggest
+from .help import Verb, suggest
 from .options import (
     Json,
     Name,
@@ -235,6 +235,7 @@ def new_verb(
     set_: Overrides,
 ) -> None:
     """Write a variant of a recipe, with changed lines marked."""
+    from ..config.compose import Request
     from ..writing import migrate, new
     from ..writing.own_rows import RowsRequest
 
@@ -248,4 +249,4 @@ def new_verb(
         say(note)
     if not model and "base_model" in [override.key for override in set_]:
         say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
-    suggest("check", name, *override_options(variant.migration.profiles, []))
+    suggest("check", name, *Request(name, variant.migration.profiles).options)

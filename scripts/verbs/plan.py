@@ -1,5 +1,6 @@
 """The verb plan."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ from ..base.files import Row
 from ..base.hardware import GIB
 from ..base.paths import selected
 from ..base.terminal import Bar
+from ..config.merging import Override
 from .help import Verb, run_arguments, suggest
 from .options import Force, Json, Names, Overrides, Profiles, repeatable_option
 
@@ -112,7 +114,9 @@ def _parameters(planned: "Plan") -> list[Row]:
 
 
 def _advice(change: "PlannedChange") -> str:
-    settings = " ".join(f"--set {key}={yamlfiles.write_flow(value)}" for key, value in change.set.items())
+    from ..config.compose import Request
+
+    settings = shlex.join(Request("", overrides=[Override(*setting) for setting in change.set.items()]).options)
     verdict = "then it fits" if change.fits else "not enough"
     return f"{verdict}, {_gib(change.needed)} GiB: {settings} ({change.effect})"
 

@@ -13,6 +13,7 @@ from qlora_recipes.check import check, settings_rules
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import MIRROR, Composed, Request
 from qlora_recipes.config.finding import Finding, refuse
+from qlora_recipes.config.merging import Override
 from qlora_recipes.plan import plan
 from qlora_recipes.verbs import check as verb
 
@@ -146,11 +147,27 @@ def test_what_is_too_big_for_a_card_is_an_error(place, tiny):
     assert [note.name for note in report.findings] == ["not-checked:micro_batch_size"]
 
 
+def test_a_missing_tokenizer_is_reported_with_a_command_for_the_same_rows(place):
+    (place / "my rows.jsonl").write_text('{"instruction": "a", "input": "", "output": "b"}\n' * 30)
+    (place / "my recipe.yaml").write_text((paths.RECIPES / f"{NAME}.yaml").read_text())
+    path = Override("datasets.0.path", "my rows.jsonl")
+    request = Request("my recipe.yaml", ["packed"], [path])
+    report = check.check_request(request, data=True)
+    check.tokenize_all(report, request)
+    (finding,) = [finding for finding in report.findings if finding.name == "not-checked:base_model"]
+    assert finding.problem == (
+        "skipped tokenizing the rows: no tokenizer on this machine; `recipe check 'my recipe.yaml' --profile packed "
+        "--set 'datasets.0.path=my rows.jsonl' --data --rehearse --set 'datasets.0.split=train[:1000]'` takes a small "
+        "model's"
+    )
+
+
 def checked(content: bytes) -> list[Finding]:
     file = Path("any.yaml")
     file.write_bytes(content)
-    report = check.check_request(Request("any.yaml"), data=True)
-    check.tokenize_all(report)
+    request = Request("any.yaml")
+    report = check.check_request(request, data=True)
+    check.tokenize_all(report, request)
     return report.findings
 
 

@@ -164,8 +164,9 @@ def test_rows_of_a_misspelt_type_are_not_judged():
     write("train.jsonl", [GOOD_CHAT])
     config = {"base_model": LLAMA_2, "datasets": [{"path": "train.jsonl", "type": "chat_tempate"}]}
     Path("mine.yaml").write_text(yamlfiles.write_yaml(config))
-    report = check.check_request(Request("mine.yaml"), data=True)
-    check.tokenize_all(report)
+    request = Request("mine.yaml")
+    report = check.check_request(request, data=True)
+    check.tokenize_all(report, request)
     findings = report.findings
     assert {finding.name for finding in findings if finding.key.startswith("datasets")} == {"value:datasets.0.type"}
     assert findings[-1].rule == "not-checked"  # the tokens

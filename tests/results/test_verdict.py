@@ -216,5 +216,5 @@ def test_a_study_without_a_rehearsal(recipe):
     assert recipe.json("results", "haider2024", "--rehearse") == []
     done = recipe.ok("results", "haider2024", "--rehearse")
     assert done.stdout == ""
-    message = "no recipe of the study has been rehearsed yet; run `recipe reproduce` with --rehearse"
+    message = "no recipe of the study has been rehearsed yet; run `recipe reproduce STUDY --rehearse`"
     assert done.stderr.splitlines()[0] == message

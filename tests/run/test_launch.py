@@ -24,7 +24,7 @@ TORCHRUN = "E1127 05:27:43 31670 torch/distributed/elastic/multiprocessing/api.p
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunDir:
-    return a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
+    return a_run(tmp_path / "my runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
 
 
 def fails(folder: RunDir, monkeypatch: pytest.MonkeyPatch, does: str) -> Exception:
@@ -66,7 +66,7 @@ def test_another_version_than_in_the_first_launch_is_named(folder, monkeypatch, 
     assert folder.read().provenance["packages"]["peft"] == (before or package_version("peft"))
 
 
-AGAIN = "`recipe resume {run}` continues it"
+AGAIN = "`recipe resume '{run}'` continues it"
 MEMORY = (
     "memory probably ran out: end other processes, request more memory for the job, or start a run with --set "
     "dataloader_num_workers=0 --set dataset_num_proc=1"
@@ -107,7 +107,7 @@ LAST = "step\n" * 14
             "exit 1",
             None,
             True,
-            f"{TRITON}{NO_MEMORY}{{run}}: out of GPU memory: `recipe plan {{run}}/config.yaml` shows what needs "
+            f"{TRITON}{NO_MEMORY}{{run}}: out of GPU memory: `recipe plan '{{run}}'/config.yaml` shows what needs "
             f"memory, and which changes help; `nvidia-smi` lists other processes on the GPU{LOG}",
             id="out of GPU memory",
         ),

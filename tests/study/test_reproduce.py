@@ -172,7 +172,7 @@ def test_what_a_recipe_starts_from_is_still_to_be_fetched_and_no_reason_to_refus
     [
         pytest.param(
             ["--set", "lora_rr=3"],
-            "no recipe of the study has been rehearsed yet; run `recipe reproduce` with --rehearse\n"
+            "no recipe of the study has been rehearsed yet; run `recipe reproduce STUDY --rehearse`\n"
             f"{ONE}: --set lora_rr=3: error: lora_rr: unknown to Axolotl; did you mean lora_r or lora_dropout? "
             "[unknown-key:lora_rr]\n",
             id="unknown key",

@@ -85,9 +85,10 @@ def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(place, monke
         for profile in profiles:
             for gpu in cards:
                 data = gpu == "H100" and profile == []
-                report = check.check_request(Request(name, profiles=profile), gpus.find(gpu), data=data)
+                request = Request(name, profiles=profile)
+                report = check.check_request(request, gpus.find(gpu), data=data)
                 if data:
-                    check.tokenize_all(report)
+                    check.tokenize_all(report, request)
                 reports.setdefault(gpu, []).append(report)
     for gpu, checked in reports.items():
         check.add_validation(checked, gpus.find(gpu))
