@@ -131,7 +131,7 @@ def create(request: VariantRequest) -> Variant:
         migration.require_decided()
         changes = [*migration.overrides(), *model.overrides, *overrides]
         composed = compose.compose(compose.Request(request.base, overrides=changes))
-        report = check.check_config(composed, data=rows is not None)
+        report = check.check_config(composed, data=rows is not None, ask_hub=request.model is not None)
         _refuse_errors(report, old)
         write(request.name, request.base, overrides, of_migration(migration, model))
     notes = model.notes
@@ -177,6 +177,8 @@ def for_model(base: str, name: str) -> Changes:
     unknown = ", ".join(facts.unknown)
     if unknown:
         other.header.append(f"# Not known {unknown}")
+        if hint := models.similar(name):
+            other.notes.append(f"{name}: not in models.yaml{hint}")
         other.notes.append(f"not known about {name}: {unknown}{_fetch_hint(name, facts, folder)}")
     for key, template in foreign.items():
         other.notes.append(f"{key} stays {template}: check that it suits the model")
@@ -190,7 +192,7 @@ def _fetch_hint(name: str, facts: ModelFacts, folder: Path) -> str:
     words = f"hf download {name}"
     if facts.revision:
         words += f" --revision {facts.revision}"
-    return f"; for more facts run `{words} --include '*.json'` and try again{models.similar(name)}"
+    return f"; for more facts run `{words} --include '*.json'` and try again"
 
 
 def _model_changes(recipe: Config, name: str, facts: ModelFacts) -> dict[str, Change]:

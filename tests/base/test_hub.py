@@ -101,6 +101,17 @@ def test_check_and_run_say_what_the_hub_refuses(server, recipe, tmp_path, model,
     assert server.paths == [f"/api/models/{model}/auth-check"]  # one process: asked once
 
 
+def test_a_variant_for_a_model_that_the_hub_lacks_is_refused(server, recipe, tmp_path):
+    server.refusals = {"Qwen/Qwen3-8BB/auth-check": REFUSALS["none"]}
+    done = recipe.fails("new", "mine", "--model", "Qwen/Qwen3-8BB")
+    assert done.stderr == (
+        "recipe: --set base_model=Qwen/Qwen3-8BB: error: base_model: the hub has no model Qwen/Qwen3-8BB, or the model "
+        "is private: Repository not found; did you mean Qwen/Qwen3-8B or Qwen/Qwen3-4B or Qwen/Qwen3-8B-Base?; correct "
+        "the name; for a private model run `hf auth login` [no-access:base_model]\n"
+    )
+    assert not (tmp_path / "variants").exists()
+
+
 @pytest.mark.parametrize("model", ["codellama/CodeLlama-7b-hf", "./folder"])
 def test_the_hub_is_not_asked_about_a_model_that_is_known_to_be_free(server, recipe, tmp_path, model):
     own(tmp_path, model)

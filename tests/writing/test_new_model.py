@@ -103,8 +103,9 @@ def test_a_model_that_nothing_is_known_of_is_taken_with_its_missing_facts_named(
 def test_the_name_of_an_unknown_model_may_be_misspelt(tmp_path, recipe):
     _, notes = written(recipe, tmp_path, "Qwen/Qwen3-8B-B")
     assert notes == (
+        "Qwen/Qwen3-8B-B: not in models.yaml; did you mean Qwen/Qwen3-8B or Qwen/Qwen3-8B-Base or Qwen/Qwen3-4B?\n"
         f"not known about Qwen/Qwen3-8B-B: {ALL_FACTS}; for more facts run `hf download Qwen/Qwen3-8B-B --include "
-        "'*.json'` and try again; did you mean Qwen/Qwen3-8B or Qwen/Qwen3-8B-Base or Qwen/Qwen3-4B?\n"
+        "'*.json'` and try again\n"
     )
 
 
