@@ -6,6 +6,7 @@ plugins 6 s.
 
 import copy
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -239,12 +240,15 @@ class GgufTools:
         from axolotl.utils import gguf
         from axolotl.utils.schemas.export import ExportConfig
 
+        if not os.environ.get("LLAMA_CPP_DIR"):  # Axolotl's message names a key that exports ignore
+            remedy = "set it to a checkout of llama.cpp, as in docs/laptop.md"
+            raise UserError("LLAMA_CPP_DIR is not set", key="--gguf", remedy=remedy)
         try:
             names = ExportConfig.validate_quant_types(types)
             llama_cpp = gguf.resolve_llama_cpp()
             gguf.resolve_quantize_bin(llama_cpp)
         except ValueError as error:
-            raise UserError(str(error), key="--gguf", remedy="docs/laptop.md has the steps") from None
+            raise UserError(str(error).rstrip("."), key="--gguf", remedy="docs/laptop.md has the steps") from None
         return cls([name for name in names if name != "F16"], llama_cpp.resolve())
 
 

@@ -265,23 +265,20 @@ def test_publish_needs_space_for_the_sum_of_its_files(trained, llama_cpp, monkey
     assert not (trained.output / "merged").exists()
 
 
-NO_FOLDER = (
-    "No llama.cpp checkout found. Clone https://github.com/ggml-org/llama.cpp, build it, then set "
-    "`export.llama_cpp_dir` or $LLAMA_CPP_DIR."
-)
-"""Axolotl's own words, as those below."""
+STEPS = "; docs/laptop.md has the steps"
 
 
 @pytest.mark.parametrize(
     ("types", "missing", "message"),
     [
-        pytest.param("q4_k_m", None, NO_FOLDER, id="no folder"),
+        pytest.param("q4_k_m", None, "LLAMA_CPP_DIR is not set; set it to a checkout of llama.cpp, as in "
+                     "docs/laptop.md", id="no folder"),
         pytest.param("q4_k_m", "convert_hf_to_gguf.py", "{folder} is not a llama.cpp checkout (convert_hf_to_gguf.py "
-                     "missing).", id="no converter"),
+                     f"missing){STEPS}", id="no converter"),
         pytest.param("q4_k_m", "build/bin/llama-quantize", "`llama-quantize` not found in {folder}. Build llama.cpp "
                      "first: `cmake -S {folder} -B {folder}/build && cmake --build {folder}/build --config Release "
-                     "-j`.", id="no quantizer"),
-        pytest.param("q4_k_m,q9", "", "Unknown GGUF quant type(s): ['Q9']. Must be one of: {types}",
+                     f"-j`{STEPS}", id="no quantizer"),
+        pytest.param("q4_k_m,q9", "", "Unknown GGUF quant type(s): ['Q9']. Must be one of: {types}" + STEPS,
                      id="an unknown type"),
     ],
 )  # fmt: skip
@@ -297,7 +294,7 @@ def test_missing_programs_and_types_are_named_before_a_merge(
     done = recipe("publish", str(trained.path), "--gguf", types)
     assert done.returncode == 2
     expected = message.format(folder=llama_cpp, types=sorted(GGUF_QUANT_TYPES))
-    assert done.stderr.splitlines()[-1] == f"recipe: --gguf: {expected}; docs/laptop.md has the steps"
+    assert done.stderr.splitlines()[-1] == f"recipe: --gguf: {expected}"
     assert not (trained.output / "merged").exists()
 
 
