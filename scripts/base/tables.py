@@ -62,6 +62,14 @@ def _cell(value: Any) -> str:
     return harmless(text).replace("\n", " ")
 
 
+def hours(value: float, is_bound: bool) -> str:
+    """Text of a number of hours, or of their upper bound."""
+    if value < 0.01:
+        return "under 0.01"
+    digits = 1 if value >= 1 else 2
+    return f"{'up to ' if is_bound else ''}{value:,.{digits}f}"
+
+
 @dataclass
 class _Column:
     """Column of a printed table: its values, and the texts of its heading and cells."""

@@ -251,22 +251,10 @@ def show_outline(outlined: Row, json: bool) -> None:
         lines.append(f"models: {', '.join(sizes)}: to be fetched, about {sum(sizes.values()):,.0f} GB in 16 bits")
     totals = [f"runs: {len(rows)}, each trained and evaluated unless finished"]
     if hours := sum(row["hours"] or 0 for row in rows):
-        totals.append(f"{_rounded(hours, any(row['bound'] for row in rows))} hours of training in total")
+        totals.append(f"{tables.hours(hours, any(row['bound'] for row in rows))} hours of training in total")
     lines.append("; ".join(totals))
-    shown = [row | {"hours": _rounded(row["hours"], row["bound"]), "bound": None} for row in rows]
+    shown = [row | {"hours": row["hours"] and tables.hours(row["hours"], row["bound"]), "bound": None} for row in rows]
     tables.show(json, outlined, [tables.Table(shown, below=["changes", "note", "problem"])], lines)
-
-
-def _rounded(hours: float | None, is_bound: bool) -> str | None:
-    """Hours for people; None if unknown."""
-    if hours is None:
-        return None
-    digits = 2  # some runs take minutes
-    if hours >= 0.1:
-        digits = 1
-    if hours >= 10:
-        digits = 0
-    return f"{'up to ' if is_bound else ''}{hours:,.{digits}f}"
 
 
 def lock(name: str) -> Path:

@@ -149,7 +149,6 @@ def _fit_row(fit: "Fit") -> Row:
 
 def _work(work: "Work") -> Iterator[tuple[str, str]]:
     """Known facts about a training's rows, tokens, steps and time, as label and text."""
-    up_to = _up_to(work)
     if work.at_most:
         yield (
             "row lengths",
@@ -160,6 +159,7 @@ def _work(work: "Work") -> Iterator[tuple[str, str]]:
         rows = f"{work.rows:,} ({work.rows_are})"
     yield "rows", rows
     if work.tokens:
+        up_to = "up to " if work.at_most else ""
         yield "tokens in all epochs", f"{up_to}{work.tokens:,} ({work.tokens_are})"
     if work.steps:
         yield "optimizer steps", f"{work.steps:,}"
@@ -167,8 +167,7 @@ def _work(work: "Work") -> Iterator[tuple[str, str]]:
     if work.tokens_per_second:
         yield "tokens per second", f"{work.tokens_per_second:,.0f}"
     if work.hours:
-        digits = 1 if work.hours >= 1 else 2
-        yield "hours", f"{up_to}{work.hours:,.{digits}f} ({work.hours_are})"
+        yield "hours", f"{tables.hours(work.hours, work.at_most)} ({work.hours_are})"
 
 
 def _print_log(log: "ComparedLog") -> None:
@@ -212,9 +211,5 @@ def _row(name: str, planned: "Plan") -> Row:
     [fit] = planned.gpus
     row |= {"GPU": fit.gpu, "fits": fit.verdict, "free GiB": _gib(fit.free), "hours": None}
     if planned.work and planned.work.hours:
-        row["hours"] = f"{_up_to(planned.work)}{planned.work.hours:.3g}"
+        row["hours"] = tables.hours(planned.work.hours, planned.work.at_most)
     return row
-
-
-def _up_to(work: "Work") -> str:
-    return "up to " if work.at_most else ""

@@ -423,10 +423,10 @@ hours                 up to 0.10 (speed: 30% of the GPU's peak; tokens: every ro
 note: a note
 """
 PRINTED_TOGETHER = """\
-recipe  trainable  micro batch  needed GiB  GPU  fits      free GiB   hours  smallest GPU
-one         1,000  2 x 2048           4.25  T4   yes          10.25  0.0954  –
-two         1,000  2 x 2048           4.25  T4   no: bf16     10.25       –  –
-three       1,000  2 x 2048           4.25  –    –                –       –  12 GB
+recipe  trainable  micro batch  needed GiB  GPU  fits      free GiB  hours  smallest GPU
+one         1,000  2 x 2048           4.25  T4   yes          10.25   0.10  –
+two         1,000  2 x 2048           4.25  T4   no: bf16     10.25      –  –
+three       1,000  2 x 2048           4.25  –    –                –      –  12 GB
 note: one: a note
 note: two: a note
 note: three: a note

@@ -104,13 +104,13 @@ def test_a_dry_run_rounds_hours_and_adds_up_downloads(capsys):
     outline = {"data": ["data/raw: to be fetched"], "recipes": [row, other, quick]}
     reproduce.show_outline(outline | {"models": {"owner/seven": 13.48, "owner/eight": 16.06}}, json=False)
     assert capsys.readouterr().out.splitlines() == [
-        "recipe  training  hours      note",
-        "a       new       up to 289  –",
-        "b       new       1.0        –",
-        "c       new       0.01       9 hours without a GPU",
+        "recipe  training  hours        note",
+        "a       new       up to 288.9  –",
+        "b       new       1.0          –",
+        "c       new       under 0.01   9 hours without a GPU",
         "data: data/raw: to be fetched",
         "models: owner/seven, owner/eight: to be fetched, about 30 GB in 16 bits",
-        "runs: 3, each trained and evaluated unless finished; up to 290 hours of training in total",
+        "runs: 3, each trained and evaluated unless finished; up to 290.0 hours of training in total",
     ]
 
 
