@@ -133,10 +133,10 @@ class RunResult:
 
     @property
     def trouble(self) -> str | None:
-        """Problem with the losses, or else with the last launch."""
+        """Problem with the losses, or else the end of the last launch, or the refusal of a first one."""
         if self.summary.trouble or not self.run.launches:
-            return self.summary.trouble
-        return self.run.launches[-1].problem
+            return self.summary.trouble or self.run.summary.trouble
+        return self.run.launches[-1].error
 
     @property
     def changed_keys(self) -> list[str]:

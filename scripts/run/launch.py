@@ -85,9 +85,13 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     adapter = folder.output / "adapter_model.safetensors"
     record.adapter = FileState.of(adapter) if adapter.is_file() else None
     record.state = _state(launch.exit_code, stopped, record.summary.ended, record.adapter is not None)
+    if record.state == "finished":
+        folder.write(record)
+        return
+    error = _error(folder, record, launch.exit_code, stopped, log)
+    launch.error = "\n".join(str(error).splitlines()[-3:])
     folder.write(record)
-    if record.state != "finished":
-        raise _error(folder, record, launch.exit_code, stopped, log)
+    raise error
 
 
 def _size(file: Path) -> int:

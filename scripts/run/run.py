@@ -281,8 +281,8 @@ def _check_here(folder: RunDir, record: Run) -> None:
             available = len(hardware.visible_gpus())
             if record.gpus_used > max(available, 1):
                 raise UserError(f"{folder.path}: the run needs {record.gpus_used} GPUs; {available} available here")
-    except UserError:
-        record.state = "failed"
+    except UserError as error:
+        record.state, record.summary.trouble = "failed", str(error)
         folder.write(record)
         raise
 

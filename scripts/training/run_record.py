@@ -187,6 +187,7 @@ class Launch(BaseModel):
     resumed_from: str | None = None
     out_of_memory: bool = False  # whether the launch ended for lack of GPU or main memory
     full_disk: Text | None = None  # file or folder without space, if the launch ended for lack of disk space
+    error: str | None = None  # why it did not finish, and what to do: the last lines of the message
 
     @property
     def problem(self) -> str | None:
@@ -229,7 +230,7 @@ class Summary(BaseModel):
     memory_kind: str | None = None
     training_rows: int | None = None
     trainable_parameters: int | None = None
-    trouble: str | None = None  # a message if the last losses are NaN
+    trouble: str | None = None  # a message if the last losses are NaN, or if the run's machine refused to start it
     ended: Ended | None = None  # None also after a kill
 
     @property

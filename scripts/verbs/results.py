@@ -95,9 +95,11 @@ def _export(name: str) -> None:
 def _show_one(name: str, rehearse: bool, json: bool) -> None:
     from ..data.studies import Study
     from ..results import listing, study_tables, sweep_results, verdict
+    from ..run import backends
     from ..study.sweep import Sweep, find_run_sweep_or_study, recorded_sweeps
 
     thing = find_run_sweep_or_study(name)
+    suggested = ["report", name]
     refuse_without("--rehearse", rehearse, "a study", isinstance(thing, Study))
     if isinstance(thing, Study):
         rows = verdict.rows(thing, paths.runs(), rehearse)
@@ -110,7 +112,9 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
         sweep_results.show(thing, json)
     else:
         listing.show([thing], json)
-    suggest("report", name, *rehearse_option(rehearse), json=json)
+        if backends.read(thing).state == "failed":
+            suggested = ["check", str(thing.config_file), "--data"]
+    suggest(*suggested, *rehearse_option(rehearse), json=json)
 
 
 @verbs.command(

@@ -147,3 +147,4 @@ def test_a_failed_launch_records_and_reports_its_cause(
     launched = folder.read().launches[-1]
     assert launched.full_disk == full_disk
     assert launched.out_of_memory is out_of_memory
+    assert launched.error == "\n".join(str(error).splitlines()[-3:])

@@ -302,7 +302,14 @@ def test_a_failing_axolotl_fails_the_run(with_fake_axolotl, tiny_profile, tmp_pa
     assert done.returncode == 1
     assert run.read().state == "failed"
     assert "TypeError: " in done.stderr
-    assert str(run.log.relative_to(tmp_path)) in done.stderr
+    *_, raised, error, end = done.stderr.splitlines()
+    assert error.startswith("TypeError: ")
+    assert end.endswith(f": Axolotl failed; the full log is {run.log.relative_to(tmp_path)}")
+    shown = with_fake_axolotl("results", "latest")
+    assert f"{raised} {error} {end}" in shown.stdout
+    assert shown.stderr.endswith(f"next: recipe check {run.config_file.relative_to(tmp_path)} --data\n")
+    (row,) = with_fake_axolotl.json("results")
+    assert row["trouble"] == "\n".join([raised, error, end])
 
 
 def drop_half_prepared(run: Path, prepared: Path) -> None:
@@ -343,6 +350,8 @@ def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
     assert "[no-gpu" in done.stderr
     assert folder.read().state == "failed"
     assert folder.read().launches == []
+    (row,) = recipe.json("results")
+    assert f"recipe: {row['trouble']}" == done.stderr.splitlines()[-1]
 
 
 REACHED = """
