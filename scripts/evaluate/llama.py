@@ -17,16 +17,15 @@ from itertools import batched, takewhile
 from operator import eq, sub
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import openai
-import orjson
 from pydantic import BaseModel, Field, ValidationError
 
 from ..base.errors import UserError, WorkFailed
 from ..base.terminal import Bar, say
 from .scores_file import Distance, Example, ServedFile, sampled, until_end
-from .server import RETRIES, Api, Server, api_at, cause
+from .server import RETRIES, Api, Listed, Server, TokenId, api_at, cause
 
 if TYPE_CHECKING:
     import torch
@@ -47,18 +46,18 @@ Right files had at most 0.0001 and 0.008. The smallest fault, after 8 steps of t
 
 
 class _Probability(BaseModel):
-    id: int = Field(ge=0)
-    logprob: float
+    id: TokenId
+    logprob: float = Field(le=0.01)  # and not NaN; rounding can exceed 0
 
 
 class _Token(_Probability):
     """Token of an answer, with the most probable tokens in its place."""
 
-    top_logprobs: list[_Probability]
+    top_logprobs: Listed[_Probability]
 
 
 class _LogProbabilities(BaseModel):
-    content: list[_Token]
+    content: Listed[_Token]
 
 
 class _Answer(BaseModel):
@@ -72,21 +71,48 @@ class _Response(BaseModel):
     choices: list[_Answer] = Field(min_length=1)
 
 
+class _Slot(BaseModel):
+    n_ctx: int
+
+
+class _Props(BaseModel):
+    """Properties of a server; old servers send no type of the file."""
+
+    model_path: str
+    model_ftype: str = "unknown"
+    total_slots: int = Field(ge=1, le=1024)
+    default_generation_settings: _Slot
+
+
+class _Chat(BaseModel):
+    prompt: str
+
+
+class _Text(BaseModel):
+    tokens: Listed[TokenId]
+
+
 def served_file(url: str, model: str | None) -> ServedFile | None:
-    """GGUF file behind a model of a server; None if the server is not llama.cpp's, or does not respond."""
-    with suppress(openai.APIError, ValidationError, TimeoutError, KeyError):
-        return asyncio.run(_served_file(api_at(url), model))
-    return None
+    """GGUF file behind a model of a server; None if the server is not llama.cpp's, or does not respond.
+
+    Raises:
+        UserError, WorkFailed: see `_failures`.
+    """
+    api = api_at(url)
+    with _failures(api):
+        return asyncio.run(_served_file(api, model))
 
 
 async def _served_file(api: Api, name: str | None) -> ServedFile | None:
-    for model in await api.models():
+    models = []
+    with suppress(openai.APIError, ValidationError, TimeoutError):
+        models = await api.models()
+    for model in models:
         if model.id == name and model.meta:  # which only llama.cpp's server sends
             async with _root(api) as root:
                 props = await _props(root)
             bits = round(8 * model.meta.size / model.meta.n_params, 2)
-            quantization = props.get("model_ftype", "unknown")
-            return ServedFile(name=Path(props["model_path"]).name, quantization=quantization, bits=bits)
+            return ServedFile(name=Path(props.model_path).name, quantization=props.model_ftype, bits=bits)
     return None
 
 
@@ -95,12 +121,31 @@ def _root(api: Api) -> openai.AsyncOpenAI:
     return Api(api.url.removesuffix("v1/"), api.key, api.timeout).client(RETRIES)
 
 
-async def _props(root: openai.AsyncOpenAI) -> dict[str, Any]:
-    return dict(orjson.loads(await root.get("props", cast_to=str)))
+async def _props(root: openai.AsyncOpenAI) -> _Props:
+    return _Props.model_validate_json(await root.get("props", cast_to=str))
 
 
-async def _post(client: openai.AsyncOpenAI, endpoint: str, **body: object) -> dict[str, Any]:
-    return dict(orjson.loads(await client.post(endpoint, cast_to=str, body=body)))
+async def _post[Form: BaseModel](root: openai.AsyncOpenAI, endpoint: str, form: type[Form], **body: object) -> Form:
+    return form.model_validate_json(await root.post(endpoint, cast_to=str, body=body))
+
+
+@contextmanager
+def _failures(api: Api) -> Iterator[None]:
+    """Turn failures of requests into errors.
+
+    Raises:
+        UserError: the server lacks an endpoint.
+        WorkFailed: the server does not respond, or not as llama.cpp's does.
+    """
+    try:
+        yield
+    except openai.NotFoundError as error:
+        path = error.request.url.path
+        raise UserError(
+            f"--engine {api.url}: the server has no {path}; use a llama.cpp of February 2025 or newer"
+        ) from None
+    except (openai.APIError, ValueError, TimeoutError) as error:
+        raise WorkFailed(f"{api.url}: {cause(error)}") from None
 
 
 class LlamaServer(Server):
@@ -132,7 +177,7 @@ class LlamaServer(Server):
         Raises:
             ValueError: a token with a text ended the answer, but ends none in training.
         """
-        answer = _answer_of(content)
+        answer = _Response.model_validate_json(content).choices[0]
         tokens = until_end([token.id for token in answer.logprobs.content], self.ends)
         text = self.tokenizer.decode(tokens[-1:], skip_special_tokens=True)
         if answer.finish_reason == "stop" and text and tokens[-1] not in self.ends:
@@ -152,7 +197,7 @@ class LlamaServer(Server):
                 tokens of a prompt differ.
             WorkFailed: the server does not respond.
         """
-        with self._failures():
+        with _failures(self.api):
             asyncio.run(self._require_tokens(examples))
 
     async def _require_tokens(self, examples: Sequence[Example]) -> None:
@@ -167,9 +212,9 @@ class LlamaServer(Server):
             about += "; its chat template was not compared, because the run did not train on chats"
         say(about)
 
-    def _require_context(self, props: dict[str, Any], examples: Sequence[Example]) -> None:
+    def _require_context(self, props: _Props, examples: Sequence[Example]) -> None:
         longest = max(len(example.prompt) for example in examples) + self.settings.decoding.max_new_tokens
-        context, slots = props["default_generation_settings"]["n_ctx"], props["total_slots"]
+        context, slots = props.default_generation_settings.n_ctx, props.total_slots
         if context < longest:
             raise UserError(
                 f"--engine {self.api.url}: the server has a context of {context:,} tokens for each of its {slots} "
@@ -200,11 +245,11 @@ class LlamaServer(Server):
             return False
         texts = [text_of(self.tokenizer, example.prompt)]  # None if no text has the training's tokens
         if example.messages is not None:
-            texts.append((await _post(root, "apply-template", messages=example.messages))["prompt"])
+            texts.append((await _post(root, "apply-template", _Chat, messages=example.messages)).prompt)
         for text in filter(None, texts):
-            answer = await _post(root, "tokenize", content=text, add_special=True, parse_special=True)
-            if answer["tokens"] != example.prompt:
-                raise self._differing(i, example.prompt, answer["tokens"])
+            served = await _post(root, "tokenize", _Text, content=text, add_special=True, parse_special=True)
+            if served.tokens != example.prompt:
+                raise self._differing(i, example.prompt, served.tokens)
         return any(texts)
 
     def _differing(self, i: int, expected: list[int], served: list[int]) -> UserError:
@@ -235,7 +280,7 @@ class LlamaServer(Server):
         from .transformers_engine import Reference
 
         chosen = sampled(examples)
-        with self._failures():
+        with _failures(self.api):
             rows = asyncio.run(self._forced_rows(chosen))
         with Bar("comparing with the adapter"):
             reference = Reference(self.prompter)
@@ -255,7 +300,7 @@ class LlamaServer(Server):
         """Answers that the server is forced to give, one at a time in each of its slots, which caches the prompt."""
         rows: list[list[_Token]] = []
         async with _root(self.api) as root:
-            slots = (await _props(root))["total_slots"]
+            slots = (await _props(root)).total_slots
             with Bar("forcing reference answers", len(examples)) as bar:
                 for batch in batched(examples, slots):
                     answers = [self._forced_row(root, example, slot) for slot, example in enumerate(batch)]
@@ -279,32 +324,11 @@ class LlamaServer(Server):
         """
         body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "logit_bias": [[token, FORCING]]}
         body |= {"samplers": ["temperature"], "temperature": 0} | options
-        answer = _answer_of(await root.post("v1/completions", cast_to=str, body=body))
+        answer = (await _post(root, "v1/completions", _Response, **body)).choices[0]
         if [entry.id for entry in answer.logprobs.content] != [token]:
             raise ValueError("the server does not force tokens by logit_bias; use a newer llama.cpp")
+        self.require_vocabulary([entry.id for entry in answer.logprobs.content[0].top_logprobs])
         return answer
-
-    @contextmanager
-    def _failures(self) -> Iterator[None]:
-        """Turn failures of requests into errors."""
-        try:
-            yield
-        except openai.NotFoundError as error:
-            path = error.request.url.path
-            raise UserError(
-                f"--engine {self.api.url}: the server has no {path}; use a llama.cpp of February 2025 or newer"
-            ) from None
-        except (openai.APIError, ValueError, KeyError, TimeoutError) as error:
-            raise WorkFailed(f"{self.api.url}: {cause(error)}") from None
-
-
-def _answer_of(content: bytes | str) -> _Answer:
-    """Answer in the body of a response.
-
-    Raises:
-        ValidationError: the response has no log-probabilities.
-    """
-    return _Response.model_validate_json(content).choices[0]
 
 
 def compare(reference: "Reference", examples: Sequence[Example], rows: Sequence[list[_Token]]) -> Distance:

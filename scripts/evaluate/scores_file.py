@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import orjson
-from pydantic import BaseModel, Field, TypeAdapter, field_validator
+from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, field_validator
 
 from ..base.errors import UserError
 from ..base.files import Row, digest, parse_json, parts_of, read_bytes, read_rows, replacing, sha256
@@ -66,7 +66,7 @@ class ServedFile(BaseModel):
 
     name: str
     quantization: str
-    bits: float
+    bits: FiniteFloat
 
     @property
     def is_quantized(self) -> bool:

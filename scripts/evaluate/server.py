@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import openai
-from pydantic import AnyHttpUrl, BaseModel, Field, ValidationError
+from pydantic import AnyHttpUrl, BaseModel, FailFast, Field, ValidationError
 
 from ..base.errors import UserError, WorkFailed, did_you_mean
 from .scores_file import Completion, Engine
@@ -29,13 +29,15 @@ LIST_TIMEOUT = 30.0  # seconds for the list of models
 MOST_BYTES = 1 << 24  # bytes of a response; an answer of 100,000 tokens takes 1 MB
 SENDING_TOKENS = ("vllm", "llamacpp")  # names of servers that send the tokens of their answers, as `owned_by`
 AT_ONCE = 16  # default number of simultaneous requests
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+type Listed[T] = Annotated[list[T], FailFast()]  # a response could have millions of mistakes, each of 1 kB
 
 
 class Choice(BaseModel):
     """Answer of a server; only vLLM sends `token_ids`."""
 
     finish_reason: Literal["stop", "length"]
-    token_ids: list[Annotated[int, Field(ge=0)]]
+    token_ids: Listed[TokenId]
 
 
 class _Response(BaseModel):
@@ -50,8 +52,8 @@ class Weights(BaseModel):
         n_params: number of weights.
     """
 
-    size: int
-    n_params: int = Field(ge=1)
+    size: float
+    n_params: float = Field(ge=1)
 
 
 class ServedModel(BaseModel):
@@ -63,7 +65,7 @@ class ServedModel(BaseModel):
 
 
 class _Models(BaseModel):
-    data: list[ServedModel]
+    data: Listed[ServedModel]
 
 
 @dataclass
@@ -225,12 +227,18 @@ class Server(Engine):
                         model=self.model, prompt=prompt, max_tokens=most, extra_body=self.options(i)
                     )
                 tokens = self.tokens_of(response.content)
-                if len(tokens) > most or max(tokens, default=0) >= self.vocabulary:
-                    raise ValueError("more tokens than requested, or of another vocabulary; serve the run's model")
+                self.require_vocabulary(tokens)
+                if len(tokens) > most:
+                    raise ValueError("more tokens than requested; serve the run's model")
             except (openai.APIError, ValueError, TimeoutError) as error:
                 row = f"row {i + 1}, a prompt of {len(prompt):,} tokens"
                 raise WorkFailed(f"{self.api.url}: {row}: {cause(error)}") from None
         return {i: Completion.of(self.tokenizer, tokens)}
+
+    def require_vocabulary(self, tokens: Sequence[int]) -> None:
+        """Raise ValueError for a token that the run's model lacks."""
+        if max(tokens, default=0) >= self.vocabulary:
+            raise ValueError("tokens of another vocabulary; serve the run's model")
 
     def options(self, i: int) -> dict[str, object]:
         """Options of the request for a prompt, in addition to OpenAI's."""
@@ -277,6 +285,10 @@ def cause(error: Exception) -> str:
     """One-line reason for an error, with the server's answer, if any."""
     if isinstance(error, TimeoutError):
         return "no complete response in time"
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        place = ".".join(["response", *map(str, first["loc"])])
+        return f"{place}: {first['msg']}: {first['input']!r:.100}"
     reason = error.__cause__ or error
     answer = error.response.text if isinstance(error, openai.APIStatusError) else ""
     return " ".join(f"{type(reason).__name__}: {reason} {answer}".split())[:300]

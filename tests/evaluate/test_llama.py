@@ -175,6 +175,81 @@ def test_faults_are_refused_before_any_answer(fault, message):
     assert str(refused.value).replace(server.url, "URL") == message
 
 
+def props_with(*path: Any, value: Any) -> Any:
+    """A right response of the server to `/props`, with another value in one place."""
+    content = FakeLlama().props()[1]
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return content
+
+
+HUGE = b'{"model_path": "m", "total_slots": 1%s, "default_generation_settings": {"n_ctx": 1}}' % (b"0" * 400)
+
+
+def choice(**changes: Any) -> Any:
+    """A response with one token and its most probable tokens."""
+    token = {"id": 2, "logprob": 0.0, "top_logprobs": []} | changes
+    return {"choices": [{"finish_reason": "stop", "logprobs": {"content": [token]}}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "response", "problem"),
+    [
+        ("/props", b"<html>", "response: Invalid JSON: expected value at line 1 column 1: '<html>'"),
+        ("/props", [], "response: Input should be an object: []"),
+        ("/props", None, "response: Input should be an object: None"),
+        ("/props", HUGE, f"response.total_slots: Input should be less than or equal to 1024: 1{'0' * 99}"),
+        (
+            "/props",
+            props_with("total_slots", value=0),
+            "response.total_slots: Input should be greater than or equal to 1: 0",
+        ),
+        ("/props", props_with("model_path", value=[]), "response.model_path: Input should be a valid string: []"),
+        (
+            "/props",
+            props_with("default_generation_settings", "n_ctx", value=None),
+            "response.default_generation_settings.n_ctx: Input should be a valid integer: None",
+        ),
+        ("/apply-template", {}, "response.prompt: Field required: {}"),
+        ("/tokenize", {"tokens": None}, "response.tokens: Input should be a valid array: None"),
+        ("/tokenize", {"tokens": [-1]}, "response.tokens.0: Input should be greater than or equal to 0: -1"),
+        (
+            "/v1/completions",
+            choice(logprob=1e308),
+            "response.choices.0.logprobs.content.0.logprob: Input should be less than or equal to 0.01: 1e+308",
+        ),
+        (
+            "/v1/completions",
+            choice(top_logprobs=[{"id": 1024, "logprob": 0}]),
+            "ValueError: tokens of another vocabulary; serve the run's model",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.startswith("/") else "",
+)
+def test_an_odd_response_is_named(path, response, problem):
+    llama = FakeLlama()
+    with serving_llama(llama) as server:
+        server.reply = lambda body: (200, response) if body["path"] == path else llama.reply(body)
+        if path == "/props":
+            server.others[path] = (200, response)
+        with pytest.raises(WorkFailed) as refused:
+            engine(server, llama).require_tokens(chats(llama))
+        assert str(refused.value) == f"{server.url}/v1/: {problem}"
+        if path == "/props":  # which also names the file
+            with pytest.raises(WorkFailed) as refused:
+                llamas.served_file(server.url, "m")
+            assert str(refused.value) == f"{server.url}/v1/: {problem}"
+
+
+def test_a_size_without_bounds_is_named():
+    with serving_llama(FakeLlama()) as server:
+        server.models[1]["data"][0]["meta"] = {"n_params": 1, "size": 10**400}
+        with pytest.raises(WorkFailed, match=r"response\.bits: Input should be a finite number: inf$"):
+            llamas.served_file(server.url, "m")
+
+
 LOGITS = torch.linspace(0, 5, 1024).double()
 CHANGE = torch.cos(torch.arange(1024)).double()
 """The adapter's change to the logits of the base model, which are `LOGITS`."""

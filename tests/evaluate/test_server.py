@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import random_models
 from a_server import AServer, Reply, completed, serving
+from pydantic import ValidationError
 from run_folders import a_tiny_run, other_evaluation
 
 from qlora_recipes.base.errors import UserError, WorkFailed
@@ -103,8 +104,9 @@ def test_errors_that_pass_are_waited_for_and_no_row_is_asked_twice():
         (completed("x"), "token_ids"),
         (completed("x", "abort", token_ids=[]), "abort"),
         (completed("x", token_ids=[5] * 9), "row 4, .*more tokens than requested"),
-        (completed("x", token_ids=[-1]), "token_ids.*greater than or equal to 0"),
-        (completed("x", token_ids=[5, 2**70]), "row 4, .*of another vocabulary"),
+        (completed("x", token_ids=[-1]), r"row 4, .*: response\.choices\.0\.token_ids\.0: .*equal to 0: -1$"),
+        (completed("x", token_ids=[5, 2**31 - 1]), "row 4, .*of another vocabulary"),
+        (completed("x", token_ids=[5, 2**70]), "row 4, .*token_ids.1: .*less than"),
         ((401, {"error": "expired"}), "401 .*expired"),
         ((400, {"error": "context of 4 tokens"}), "row 4, .* 5 .*: .*400 .*context"),
     ],
@@ -116,6 +118,12 @@ def test_what_a_server_cannot_answer_ends_it_and_loses_nothing(reply, problem):
             for group in engine(server, at_once=1).generate(PROMPTS, ()):
                 completions |= group
     assert sorted(completions) == [0, 1, 2]
+
+
+def test_a_response_has_one_mistake():
+    with pytest.raises(ValidationError) as refused:  # with a kilobyte for each of millions, memory would not suffice
+        servers.Choice.model_validate({"finish_reason": "stop", "token_ids": [None, None]})
+    assert refused.value.error_count() == 1
 
 
 def test_only_the_first_of_several_failures_is_reported(caplog):
