@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from .errors import UserError
 from .files import naming, opened
 
 LOOK = 0.2  # seconds to wait for a lock; `is_held` holds a lock for less time
 LOCK_TIMEOUT = 600  # seconds to wait for another process to prepare a shared folder
+SECONDS, MEMORY = 5, 1 << 28  # that another author's pattern or template may take; the memory in bytes
+_exceeding: set[str] = set()
 
 
 def package_version(name: str) -> str | None:
@@ -157,6 +162,38 @@ def start_child(command: list[str], **options: Any) -> "subprocess.Popen[bytes]"
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=begin, **options)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+
+
+@contextmanager
+def bounded(text: str) -> Iterator[None]:
+    """Interrupt the use of a pattern or template by another author that takes too much time or memory.
+
+    Python's own loops and its `re` notice signals. Of the memory, only writable pages of this process count.
+
+    Args:
+        text: the pattern or template; later calls refuse it at once.
+
+    Raises:
+        UserError: it takes more than `SECONDS` or `MEMORY`.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    signal.signal(signal.SIGALRM, _time_out)
+    try:
+        if text in _exceeding:
+            raise MemoryError
+        resource.setrlimit(resource.RLIMIT_DATA, (psutil.Process().memory_info().data + MEMORY, limits[1]))
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        yield
+    except (TimeoutError, MemoryError):
+        _exceeding.add(text)
+        raise UserError(f"takes more than {SECONDS} s or {MEMORY >> 20} MiB", key=text[:60]) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+def _time_out(*_: object) -> None:
+    raise TimeoutError
 
 
 @contextmanager

@@ -3,13 +3,15 @@
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..base import hub, paths
-from ..base.errors import did_you_mean
+from ..base.errors import UserError, did_you_mean
+from ..base.processes import bounded
 from ..config import models
-from ..config.finding import Case, Level, Problems, rule
+from ..config.finding import MOST_FINDINGS, Case, Level, Problems, rule
 from ..config.merging import listed
 from ..config.training_settings import TrainingSettings
 
@@ -142,7 +144,7 @@ def unknown_lora_target(case: Case) -> Problems:
         if near and not str(name).endswith(_TRAINABLE):
             yield "error", f"lora_modules_to_save.{i}", f"no module of this model is called {name}{near}", ""
     if case.lora:
-        yield from _unknown_targets(case, linear)
+        yield from islice(_unknown_targets(case, linear), MOST_FINDINGS)
 
 
 def _unknown_targets(case: Case, linear: tuple[str, ...]) -> Problems:
@@ -150,9 +152,10 @@ def _unknown_targets(case: Case, linear: tuple[str, ...]) -> Problems:
     layers = _layer_names(linear, case.model.layers or 1000)
     for key, name, pattern in _target_patterns(case["lora_target_modules"]):
         try:
-            is_layer = any(re.fullmatch(pattern, layer) for layer in layers)
-        except (re.error, OverflowError, RecursionError) as error:
-            yield "error", key, f"{name} is not a regular expression: {error}", "use a list of names"
+            with bounded(pattern):
+                is_layer = any(re.fullmatch(pattern, layer) for layer in layers)
+        except (re.error, OverflowError, RecursionError, UserError) as error:
+            yield "error", key, f"{name} is not a usable regular expression: {error}", "use a list of names"
             return
         if not is_layer:
             hint = did_you_mean(name, linear) or f"; choose from {', '.join(linear)}"

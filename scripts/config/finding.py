@@ -46,6 +46,8 @@ _SCOPES: dict[str, Scope] = {
 }
 
 
+MOST_FINDINGS = 100
+"""Largest number of findings about one key; looking for similar names takes milliseconds each."""
 TASK_CODE = "task-code"
 """Rule about the task files of benchmarks."""
 FIRST_LOSS = "first-loss"

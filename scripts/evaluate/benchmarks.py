@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import paths
 from ..base.errors import UserError, WorkFailed
-from ..base.files import digest
+from ..base.files import Row, digest
 from ..base.hub import importing_axolotl
+from ..base.processes import bounded
 from ..base.terminal import Bar, say
 from ..base.yamlfiles import Config
 from ..check.code_rules import READ_IT, is_listed, leaves
@@ -335,7 +336,7 @@ _PATTERNS = {
 
 @cache
 def secure_harness() -> None:
-    """Have the harness read task files as plain YAML, and render their templates in a sandbox.
+    """Have the harness read task files as plain YAML, and render their templates in a sandbox, within bounds.
 
     By itself, it creates any Python object that a file names, even in files that it only lists, and its templates can
     call any function of Python.
@@ -352,6 +353,12 @@ def secure_harness() -> None:
     sandbox = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
     sandbox.filters |= utils.env.filters
     utils.env = sandbox
+
+    def apply_template(template: str, row: Row) -> str:
+        with bounded(template):
+            return sandbox.from_string(template).render(**row)
+
+    utils.apply_template = apply_template
 
 
 def members(tasks: list[Any]) -> Iterator[str]:

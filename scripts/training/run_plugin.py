@@ -28,7 +28,7 @@ from ..base.processes import LOCK_TIMEOUT, end_with_parent, held
 from ..base.yamlfiles import Config
 from ..config import models
 from ..config.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
-from . import losses
+from . import chat_templates, losses
 from .checkpoints import step_of, write_manifest
 from .run_record import ANY_FIRST_LOSS, Ended, EvalTokens, HighFirstLoss
 
@@ -43,6 +43,7 @@ class RunPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Record the requested engine before Axolotl overwrites it; put a rehearsal's ranks on the CPU."""
+        chat_templates.bound()
         if WORLD_SIZE > 1:
             end_with_parent(signal.SIGKILL)  # otherwise ranks keep training after their launcher is killed
         self.engine = engine_of(cfg) if WORLD_SIZE > 1 or any(cfg.get(key) for key in ENGINE_KEYS) else None

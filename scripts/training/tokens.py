@@ -40,11 +40,13 @@ from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..config.datafiles import DatasetRef
 from ..config.training_settings import TrainingSettings
+from . import chat_templates
 from .losses import MASKED
 from .row_types import Chat, row_type
 from .validation import validated
 
 disable_progress_bar()
+chat_templates.bound()
 # Axolotl forks to tokenize; without this, a child would outlive a killed command and keep its locks
 os.register_at_fork(after_in_child=end_with_parent)
 

@@ -1,13 +1,17 @@
 """The GPUs that CUDA shows, from a made-up driver (a T4, an A100, one in two parts); and processes that end."""
 
+import re
+import resource
+import signal
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from qlora_recipes.base import hardware
-from qlora_recipes.base.processes import start_child
+from qlora_recipes.base import hardware, processes
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.processes import bounded, start_child
 from qlora_recipes.config import gpus
 from qlora_recipes.run.backends import Local
 
@@ -103,3 +107,25 @@ def test_no_python_below_a_child_imports_from_the_working_directory(tmp_path, op
     script = f"import subprocess; raise SystemExit(subprocess.call({command}))"
     assert start_child(command, cwd=tmp_path, **options).wait() == 0
     assert start_child([sys.executable, "-c", script], cwd=tmp_path, **options).wait() == 0  # as of torchrun's ranks
+
+
+@pytest.mark.parametrize(
+    ("text", "work"),
+    [
+        ("(a+)+b", lambda: re.fullmatch("(a+)+b", "a" * 60)),
+        ("a loop", lambda: [0 for _ in range(10**12) if False]),
+        ("a power", lambda: 9**9**9),
+        ("a text", lambda: "a" * 10**10),
+    ],
+)
+def test_work_of_another_author_is_bounded(monkeypatch, text, work):
+    monkeypatch.setattr(processes, "SECONDS", 0.2)
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    for doing in (work, str):  # the second time, it is not tried
+        with pytest.raises(UserError) as refused, bounded(text):
+            doing()
+        assert str(refused.value) == f"{text}: takes more than 0.2 s or 256 MiB"
+    with bounded("an easy pattern"):
+        assert re.fullmatch("a+", "a" * 60)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == limits
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

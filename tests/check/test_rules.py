@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import config_with, recipe_config
 
-from qlora_recipes.base import hub, paths
+from qlora_recipes.base import hub, paths, processes
 from qlora_recipes.check import settings_rules
 from qlora_recipes.check.check import rule_findings
 from qlora_recipes.config import finding, gpus
@@ -186,8 +186,8 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"lora_target_modules": "a{99999999999999999999}"},
-        "error: lora_target_modules: a{99999999999999999999} is not a regular expression: the repetition number "
-        "is too large; use a list of names [unknown-lora-target:lora_target_modules]",
+        "error: lora_target_modules: a{99999999999999999999} is not a usable regular expression: the repetition "
+        "number is too large; use a list of names [unknown-lora-target:lora_target_modules]",
     ),
     (
         {"lora_r": None},
@@ -428,6 +428,21 @@ def test_a_mistake_gives_one_finding(change, text):
 
 
 OTHERS = {"gpu-lacks", "no-gpu", "engine-needs-gpus"}  # which have tests of their own
+
+
+def test_a_pattern_without_an_end_is_refused_in_time(monkeypatch):
+    monkeypatch.setattr(processes, "SECONDS", 0.2)
+    pattern = r"((\w|\.)+)+X"
+    (problem,) = findings_of({"lora_target_modules": pattern})
+    assert str(problem).removeprefix(": ") == (
+        f"error: lora_target_modules: {pattern} is not a usable regular expression: {pattern}: takes more than 0.2 s "
+        "or 256 MiB; use a list of names [unknown-lora-target:lora_target_modules]"
+    )
+
+
+def test_of_many_unknown_targets_some_are_named():
+    targets = [f"q_prj{i}" for i in range(300)]
+    assert len(of_rule("unknown-lora-target", {"lora_target_modules": targets})) == 100
 
 
 def test_every_rule_has_a_case():

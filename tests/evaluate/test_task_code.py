@@ -145,3 +145,5 @@ def test_templates_cannot_leave_their_sandbox(place, ran):
     with pytest.raises(SecurityError):
         utils.apply_template(f"{{{{ cycler.__init__.__globals__.os.system('touch {ran}') }}}}", {})
     assert not ran.exists()
+    with pytest.raises(UserError, match="takes more than 5 s or 256 MiB"):
+        utils.apply_template("{{ 'a' * 9999999999 }}", {})
