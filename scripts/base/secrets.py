@@ -20,9 +20,9 @@ _KEY = re.compile(rf"(^|\.){_NAME}(\.|$)")
 _VARIABLE = re.compile(_NAME)
 _TOKEN = (
     r"(?<![A-Za-z0-9])(?:hf_(?=[a-z]*[\dA-Z])[A-Za-z0-9]{10,}|hf_[a-z]{16,}|gh[oprsu]_[A-Za-z0-9]{10,}"
-    r"|github_pat_\w{10,}|[sp]k(?:-|_(?:live|test)_)(?=[\w-]*\d)[\w-]{16,}|glpat-[\w-]{10,}|npm_[A-Za-z0-9]{16,}"
+    r"|github_pat_\w{10,}|[sp]k(?:-|_(?:live|test)_)(?=[\w-]{,200}\d)[\w-]{16,}|glpat-[\w-]{10,}|npm_[A-Za-z0-9]{16,}"
     r"|pypi-[\w-]{16,}|xox[a-z]-[\w-]{10,}|wandb_v\d_\w{10,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{20,}"
-    r"|ya29\.[\w-]{16,}|nvapi-[\w-]{16,}|gsk_[A-Za-z0-9]{16,}|dapi[0-9a-f]{32}|eyJ[\w-]{10,}\.[\w.-]+)"
+    r"|ya29\.[\w-]{16,}|nvapi-[\w-]{16,}|gsk_[A-Za-z0-9]{16,}|dapi[0-9a-f]{32}|eyJ[\w-]{10,1000}\.[\w.-]+)"
 )
 """Access tokens, by their issuers' prefixes."""
 # $VARIABLE and $(command) read a secret; dots and {placeholders} stand for one, unless more follows
@@ -36,7 +36,7 @@ _SECRET = re.compile(
     rf"|(?P<key>(?<![\w-]){_NAME}(?:=(?!=)|\\?[\"']\s?:\s?)|(?<=[{{\"']){_NAME}:\s){_NO_VALUE}"
     r"(?:(?i:bearer|basic|token)\s+)?(?:\\?\"[^\"\n]*\"|'[^'\n]*'|[^\s,;]+)"
 )
-_COMMENT = re.compile(rf"(?m)(?P<key>#[ \t#-]*(?:[\w-]+\.)*{_NAME}[ \t]*:[ \t]+)[^\s#]\S*[ \t]*$")
+_COMMENT = re.compile(rf"(?m)(?P<key>#[ \t#-]{{,80}}+(?:[\w-]+\.)*+{_NAME}[ \t]*:[ \t]+)[^\s#]\S*[ \t]*$")
 _ADDRESS = re.compile(r"(?i:https?)?://[^\s\"'<>`]*[^\s\"'<>`.,:;!?)\]}]")
 _PASSWORD = re.compile(r"(?<=://)[^@/:]*:(?!\d+/)[^@]+(?=@)")
 _USER_OF_WEB = re.compile(r"(?i)(?<=tps://|ttp://)[^@/?#]+(?=@)")

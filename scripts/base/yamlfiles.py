@@ -179,7 +179,9 @@ def read_text(file: Path) -> str:
         raise UserError("not a text file in UTF-8", file=file) from None
 
 
-_CARDS_CONFIG = re.compile(r"^```ya?ml[ \t]*\n((?:(?!```).*\n)*?base_model:(?:(?!```).*\n)*)```", re.MULTILINE)
+_CARDS_CONFIG = re.compile(
+    r"^```ya?ml[ \t]*\n((?:(?!```|base_model:).*\n)*+base_model:(?:(?!```).*\n)*+)```", re.MULTILINE
+)
 
 
 def recipe_text(file: Path) -> str:

@@ -15,7 +15,7 @@ from ..base.errors import UserError, did_you_mean
 from ..base.paths import RECIPES
 from ..base.secrets import is_secret
 from ..base.yamlfiles import Config
-from ..config.finding import Finding
+from ..config.finding import MOST_FINDINGS, Finding
 from ..config.merging import listed, override
 
 FILE = RECIPES / "axolotl.schema.json"
@@ -107,7 +107,7 @@ def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
     path = ".".join(map(str, error.absolute_path))
     start = f"{path}." if path else ""
     if error.validator == "additionalProperties":
-        for key in _unknown(error):
+        for key in _unknown(error)[:MOST_FINDINGS]:
             yield _unknown_key(error, start, key, foreign)
     elif "errorMessage" in error.schema:
         yield Finding("error", "plugin-key", path, error.schema["errorMessage"], "add it, or delete the key")

@@ -6,7 +6,7 @@ import pytest
 from conftest import config_with, typed
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.base.secrets import MASK, is_secret, masked, without_secrets
+from qlora_recipes.base.secrets import MASK, is_secret, masked, masked_comments, without_secrets
 from qlora_recipes.check import check
 from qlora_recipes.config import compose, finding
 from qlora_recipes.run import run
@@ -129,10 +129,29 @@ def test_a_secret_of_the_environment_is_masked(monkeypatch, name):
 
 
 def test_long_texts_are_masked_in_linear_time():
-    for part in ("a-", "://", "https://", "token", "?a=", "-----BEGIN PRIVATE KEY-----", "eyJ", "://a:", "Bearer "):
+    for part in (
+        "a-",
+        "://",
+        "https://",
+        "token",
+        "?a=",
+        "-----BEGIN PRIVATE KEY-----",
+        "eyJ",
+        "eyJ-",
+        "sk-",
+        "://a:",
+        "Bearer ",
+    ):
         start = time.process_time()
         masked(part * (200_000 // len(part)))
         assert time.process_time() - start < 2, part
+
+
+@pytest.mark.parametrize("part", ["#", "-", "# ", "#-", "a-", "a.", "#a.", "token", "#token: x "])
+def test_long_comments_are_masked_in_linear_time(part):
+    start = time.process_time()
+    masked_comments("#" + part * (200_000 // len(part)))
+    assert time.process_time() - start < 2
 
 
 OF_A_RECIPE = """\

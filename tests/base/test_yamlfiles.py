@@ -1,11 +1,12 @@
 """Messages for text that is not YAML, or not allowed in a config."""
 
 import time
+from contextlib import suppress
 
 import pytest
 
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.base.yamlfiles import parse
+from qlora_recipes.base.yamlfiles import parse, recipe_text
 from qlora_recipes.run.backends import slurm_site
 
 TOO_LARGE = "too large or nested too deeply for a config; remove values or aliases (*name)"
@@ -62,6 +63,16 @@ def test_a_number_of_another_base_is_text(number):
 def test_few_aliases_are_values():
     assert parse("a: &a {k: 1}\nb: *a\nc: {<<: *a, l: 2}", "f") == {
         "a": {"k": 1}, "b": {"k": 1}, "c": {"k": 1, "l": 2}}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["```yaml\n", "```yaml\nbase_model: x\n", "base_model: x\n", "a: 1\n"])
+def test_a_card_is_searched_in_linear_time(tmp_path, part):
+    file = tmp_path / "README.md"
+    file.write_text("```yaml\n" + part * 30_000)
+    start = time.process_time()
+    with suppress(UserError):
+        recipe_text(file)
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,11 @@ def test_what_breaks_the_schema_is_found(change, text):
     assert findings_of(change) == [f": {text}"]
 
 
+def test_of_many_unknown_keys_some_are_named():
+    content = BASE | {f"lora_targt_{i}": 1 for i in range(300)}
+    assert len([*schema.findings(content)]) == 100
+
+
 def test_a_missing_key_is_found():
     content = {key: value for key, value in BASE.items() if key not in ("base_model", "learning_rate")}
     assert {finding.name for finding in schema.findings(content)} == {
