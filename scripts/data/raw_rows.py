@@ -26,6 +26,8 @@ from .declaration import Data
 MOST = 1_000_000
 """Largest number of characters, items or bits that an operator or a filter can create."""
 MOST_TEXT = 2000  # characters of an expression
+MOST_EXPANDED = 1 << 27
+"""Largest size in bytes of a Parquet file's rows, in addition to a thousand times the file's."""
 _DELIMITERS = "\t;|^~,"
 """Delimiters of columns; a comma comes last, because it can be in a column's name."""
 _FILTERS = (
@@ -327,10 +329,18 @@ class RawFile:
         from pyarrow.parquet import ParquetFile
 
         try:
-            for batch in ParquetFile(stream).iter_batches(1000):
+            file = ParquetFile(stream)
+            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+            batches = file.iter_batches(100)
+            while size < MOST_EXPANDED + 1000 * self.path.stat().st_size:
+                batch = next(batches, None)
+                if batch is None:
+                    return
                 yield from batch.to_pylist()
+                size += batch.nbytes + 100 * len(batch)
+            raise ArrowException("it expands to more than a thousand times its size; save it as JSON lines")
         except (ArrowException, OSError) as error:
-            raise UserError(f"not a complete Parquet file: {error}", file=self.path) from None
+            raise UserError(f"not a usable Parquet file: {error}", file=self.path) from None
 
     def _csv_rows(self, stream: "BufferedReader[Any]") -> Iterator[Row]:
         csv.field_size_limit(sys.maxsize)

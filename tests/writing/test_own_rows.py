@@ -11,6 +11,7 @@ import pytest
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import read_rows, write_rows
 from qlora_recipes.config import datafiles
+from qlora_recipes.data import raw_rows
 from qlora_recipes.writing import own_rows
 from qlora_recipes.writing.own_rows import RowsRequest
 
@@ -181,6 +182,23 @@ def test_parquet_and_json(recipe, place, name):
     write_rows(place / "lines.json", rows)
     recipe.ok("new", "mine", "--data", name, *COLUMNS, "--model", BASE_MODEL)
     assert read_rows(place / "variants" / "mine.jsonl") == [{"question": "2 + 3?", "answer": "5"}] * 9
+
+
+@pytest.mark.parametrize("dictionary", [True, False])  # rows repeat the text, or it is compressed
+def test_a_parquet_file_that_would_expand_to_gigabytes_is_refused(recipe, place, monkeypatch, dictionary):
+    import pyarrow
+    from pyarrow import parquet
+
+    monkeypatch.setattr(raw_rows, "MOST_EXPANDED", 1 << 20)
+    table = pyarrow.table({"question": ["ab" * 5_000] * 600, "answer": ["x"] * 600})
+    parquet.write_table(table, place / "rows.parquet", use_dictionary=dictionary, compression="zstd")
+    done = recipe("new", "mine", "--data", "rows.parquet")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "recipe: rows.parquet: not a usable Parquet file: it expands to more than a thousand times its size; save it "
+        "as JSON lines\n"
+    )
+    assert not (place / "variants").exists() or not [*(place / "variants").iterdir()]
 
 
 def test_a_column_with_the_name_of_a_field_does_not_replace_it(recipe, place):
