@@ -22,7 +22,7 @@ from typing import IO, Any
 import orjson
 
 from .errors import UserError
-from .paths import similar_paths
+from .paths import absence
 
 Row = dict[str, Any]
 _MOST_LEVELS = 100  # of JSON; rows and records have fewer than ten
@@ -177,8 +177,8 @@ def read_rows(file: Path, fields: Sequence[str] = (), hint: str = "") -> list[Ro
         UserError: the file is missing (the message ends with `hint`) or empty, or a row lacks a field.
     """
     if not file.is_file():
-        raise UserError(f"no such file{hint or similar_paths(file)}", file=file)
-    with file.open("rb") as lines:
+        raise UserError(absence(file, hint), file=file)
+    with reading(file) as lines:
         rows = list(json_rows(lines, file, fields))
     if not rows:
         raise UserError("no rows", file=file)

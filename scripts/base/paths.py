@@ -73,13 +73,17 @@ def shown(file: Path) -> str:
     return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else file)
 
 
-def similar_paths(missing: Path) -> str:
-    """Hint with the most similar name in a missing path's folder."""
+def absence(missing: Path, hint: str = "") -> str:
+    """Problem with a path of the wrong kind, or that does not exist; with a hint, by default to a similar name."""
+    if missing.exists():
+        return "is a folder" if missing.is_dir() else "is not a regular file"
     names = {}
     with suppress(OSError):  # no folder, or not readable
         names = {path.name.lower(): path for path in missing.absolute().parent.iterdir() if path.exists()}
     near = get_close_matches(missing.name.lower(), names, 1, 0.75)
-    return f"; did you mean {shown(names[near[0]])}?" if near else ""
+    if near:
+        hint = hint or f"; did you mean {shown(names[near[0]])}?"
+    return f"does not exist{hint}"
 
 
 def homes() -> list[tuple[Path, Path]]:
@@ -171,8 +175,7 @@ def find_recipe(name: str) -> tuple[str, Path]:
     elif file.is_file():
         recipe = _name_of(file, files) or file.stem
     else:
-        hint = similar_paths(file) or did_you_mean(str(file.with_suffix("")), files)
-        raise UserError(f"no such file{hint}", file=file)
+        raise UserError(absence(file, did_you_mean(str(file.with_suffix("")), files)), file=file)
     require_plain(recipe, file)
     return recipe, file
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..base.files import read_bytes
 from ..base.secrets import without_secrets
 from ..base.yamlfiles import Config
 from ..config import consent, datafiles, models
@@ -163,7 +164,7 @@ def _with_engine(config: Config) -> Config:
     if not isinstance(engine, str):
         return dict(config)
     name = engine if Path(engine).is_file() else None  # a finding if not JSON: DeepSpeed reads more than JSON
-    return config | {"deepspeed": ModelFiles([], lambda file: Path(file).read_bytes()).json(engine) or name}
+    return config | {"deepspeed": ModelFiles([], lambda file: read_bytes(Path(file))).json(engine) or name}
 
 
 @rule

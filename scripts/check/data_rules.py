@@ -52,7 +52,7 @@ def missing_file(case: Case) -> Problems:
         yield from _file_problems(f"{dataset.key}.path", dataset.entry)
     for key in datafiles.missing_paths(case.config):
         path = Path(case[key])
-        problem = f"{paths.shown(path)} does not exist{paths.similar_paths(path)}"
+        problem = f"{paths.shown(path)} {paths.absence(path)}"
         remedy = "correct the path or delete the key"
         if key == "deepspeed":
             remedy = f"correct the path, or delete the key and add --profile {_deepspeed_profile(case.config)}"
@@ -79,7 +79,7 @@ def _file_problems(key: str, entry: Config) -> Problems:
         if file.is_file() and not file.stat().st_size:
             yield "error", key, f"{paths.shown(file)} is empty", "write rows to it, or name another file"
     for file in datafiles.missing_files(entry):
-        problem = f"{paths.shown(file)} does not exist{paths.similar_paths(file)}"
+        problem = f"{paths.shown(file)} {paths.absence(file)}"
         yield "error", key, problem, "correct the path; only data_files of a folder can be a pattern"
 
 

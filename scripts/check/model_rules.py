@@ -78,7 +78,7 @@ def _access(case: Case, key: str, model: models.Model, is_here: bool) -> Problem
     if Path(name).is_dir():
         yield "error", key, f"{name} contains no weights", "give a folder that save_pretrained wrote"
     elif models.is_path(name):
-        problem = f"{name} does not exist{paths.similar_paths(Path(name))}"
+        problem = f"{name} {paths.absence(Path(name))}"
         yield "error", key, problem, "give a folder, or a model on the hub as owner/name"
     else:
         yield from _hub_access(case, key, name, model)

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from ..base import paths
 from ..base.errors import UserError
 from ..base.files import sha256
+from ..base.processes import bounded
 from ..base.yamlfiles import Config
 from ..data import studies
 from . import models
@@ -137,15 +138,16 @@ def local_files(dataset: Config) -> list[Path]:
     if not path.is_dir():
         return [path]
     patterns = dataset.get("data_files")
-    if not patterns:
-        return sorted(file for file in path.rglob("*") if file.is_file())
     if not isinstance(patterns, list):
         patterns = [patterns]
     files: list[Path] = []
-    for pattern in map(str, patterns):
-        if "://" not in pattern:
-            matching = sorted(glob(pattern, recursive=True))  # noqa: PTH207 (Path.glob refuses absolute patterns)
-            files += map(Path, matching or [pattern])
+    with bounded(str(path)):  # a pattern can search the whole disk
+        if not any(patterns):
+            return sorted(file for file in path.rglob("*") if file.is_file())
+        for pattern in map(str, patterns):
+            if "://" not in pattern:
+                matching = sorted(glob(pattern, recursive=True))  # noqa: PTH207 (Path.glob refuses absolute patterns)
+                files += map(Path, matching or [pattern])
     return files
 
 
@@ -186,7 +188,9 @@ def missing_paths(config: Config) -> list[str]:
     keys = []
     for key in ("deepspeed", "lora_model_dir", "resume_from_checkpoint"):
         name = config.get(key)
-        if not isinstance(name, str) or Path(name).exists() or studies.fetch_command(name):
+        if not isinstance(name, str) or studies.fetch_command(name):
+            continue
+        if Path(name).is_file() or Path(name).is_dir():  # not a FIFO, at which training would wait
             continue
         may_be_on_hub = key == "lora_model_dir" and name.count("/") == 1
         if not may_be_on_hub or _looks_local(name):
@@ -265,7 +269,7 @@ def existing_files(dataset: DatasetRef) -> list[Path]:
     files = local_files(dataset.entry)
     for path in files:
         if not path.is_file():
-            raise UserError(f"{path.absolute()} does not exist{paths.similar_paths(path)}", key=f"{dataset.key}.path")
+            raise UserError(f"{path.absolute()} {paths.absence(path)}", key=f"{dataset.key}.path")
     return files
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..base import hub, paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
-from ..base.files import read_json
+from ..base.files import read_bytes, read_json
 from ..base.hardware import GIB
 from ..base.yamlfiles import Config
 from .merging import merge
@@ -271,7 +271,7 @@ class ModelFiles:
         names = _file_names(folder)
         is_local = Path(name).is_dir() or is_path(name) or any(file.endswith(WEIGHTS) for file in names)
         if is_local or _is_listed(name, revision) or not ask_hub or hub.is_offline():
-            return cls(names, lambda file: (folder / file).read_bytes())
+            return cls(names, lambda file: read_bytes(folder / file))
         return cls(hub.files(name, revision), lambda file: hub.content(name, file, revision))
 
     def json(self, name: str) -> Config:

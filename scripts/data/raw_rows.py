@@ -20,7 +20,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..base.errors import UserError
-from ..base.files import Row, json_rows, parse_json
+from ..base.files import Row, json_rows, parse_json, reading
 from .declaration import Data
 
 MOST = 1_000_000
@@ -295,7 +295,7 @@ class RawFile:
         self.read = 0
         for path in self.paths:
             self.path, self._line, self._before = path, 0, self.read
-            with BufferedReader(self.path.open("rb", 0), 1 << 18) as stream:
+            with BufferedReader(reading(self.path).detach(), 1 << 18) as stream:
                 for row in self._parse(stream):
                     self.read += 1
                     yield row

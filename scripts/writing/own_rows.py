@@ -148,7 +148,7 @@ def _first_row(file: Path) -> Row:
         UserError: the file is missing, has no rows, or cannot be read.
     """
     if not file.is_file():
-        raise UserError(f"--data {file}: no such file{paths.similar_paths(file)}")
+        raise UserError(f"--data {file}: {paths.absence(file)}")
     if file.suffix.lower() not in _SUFFIXES.split(", "):
         raise UserError(f"--data {file}: not one of {_SUFFIXES}; save it as CSV or JSON")
     row = next(RawFile(file).rows(), None)

@@ -120,6 +120,7 @@ def test_no_python_below_a_child_imports_from_the_working_directory(tmp_path, op
 )
 def test_work_of_another_author_is_bounded(monkeypatch, text, work):
     monkeypatch.setattr(processes, "SECONDS", 0.2)
+    monkeypatch.setattr(processes, "_exceeding", set())
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     for doing in (work, str):  # the second time, it is not tried
         with pytest.raises(UserError) as refused, bounded(text):

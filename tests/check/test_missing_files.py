@@ -1,12 +1,13 @@
 """A local file that a config names and that is missing: an error of every verb, with similar names."""
 
+import os
 from pathlib import Path
 
 import pytest
 from conftest import config_with
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.base.paths import similar_paths
+from qlora_recipes.base.paths import absence
 from qlora_recipes.config.compose import Request
 from qlora_recipes.plan import plan
 
@@ -61,7 +62,7 @@ def test_a_missing_file_is_an_error_of_every_verb_with_the_nearest_name(recipe, 
 
 def test_a_missing_file_of_evaluation_rows_has_the_nearest_name(recipe, run, moved):
     done = recipe.fails("evaluate", run.path, "--adapter", "none", "--data", "suport.jsonl")
-    assert "suport.jsonl: no such file; did you mean support.jsonl?" in done.stderr
+    assert "suport.jsonl: does not exist; did you mean support.jsonl?" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -109,4 +110,33 @@ def test_a_similar_name_is_one_of_the_folder(place, missing, hint):
     for name in ("rows/train.jsonl", "valid.jsonl"):
         (place / name).write_text(ROWS)
     (place / "broken.jsonl").symlink_to("nowhere")
-    assert similar_paths(Path(missing)) == hint
+    assert absence(Path(missing)) == f"does not exist{hint}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("show fifo.yaml", "fifo.yaml: is not a regular file"),
+        ("show folder.yaml", "folder.yaml: is a folder"),
+        ("score fifo.jsonl", "fifo.jsonl: is not a regular file"),
+        ("score folder.jsonl", "folder.jsonl: is a folder"),
+        ("new other --data fifo.jsonl", "--data fifo.jsonl: is not a regular file"),
+        ("new other --data folder.jsonl", "--data folder.jsonl: is a folder"),
+        ("check mine.yaml", "mine.yaml:24: error: datasets.0.path: fifo.jsonl is not a regular file; correct the path"),
+        ("run mine.yaml --rehearse", "datasets.0.path: fifo.jsonl is not a regular file; correct the path"),
+        ("check mine.yaml --set deepspeed=fifo.json", "deepspeed: fifo.json is not a regular file; correct the path"),
+        ("check mine.yaml --set deepspeed=/dev/zero", "deepspeed: /dev/zero is not a regular file; correct the path"),
+        (
+            "check mine.yaml --set base_model=./fifo.json",
+            "base_model: ./fifo.json is not a regular file; give a folder",
+        ),
+    ],
+)
+def test_a_fifo_or_folder_is_not_a_missing_file(recipe, moved, words, message):
+    for suffix in ("yaml", "json", "jsonl"):
+        os.mkfifo(moved / f"fifo.{suffix}")
+        (moved / f"folder.{suffix}").mkdir()
+    config = moved / "mine.yaml"
+    config.write_text(config.read_text().replace("suport", "fifo"))
+    done = recipe.fails(*words.split())
+    assert message in done.stdout + done.stderr

@@ -432,6 +432,7 @@ OTHERS = {"gpu-lacks", "no-gpu", "engine-needs-gpus"}  # which have tests of the
 
 def test_a_pattern_without_an_end_is_refused_in_time(monkeypatch):
     monkeypatch.setattr(processes, "SECONDS", 0.2)
+    monkeypatch.setattr(processes, "_exceeding", set())
     pattern = r"((\w|\.)+)+X"
     (problem,) = findings_of({"lora_target_modules": pattern})
     assert str(problem).removeprefix(": ") == (

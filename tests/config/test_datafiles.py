@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from conftest import recipe_config
 
-from qlora_recipes.base import yamlfiles
+from qlora_recipes.base import processes, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config import datafiles, merging
 
@@ -52,6 +52,17 @@ def test_missing_local_data_is_an_error(place, override, file):
     with pytest.raises(UserError) as refused:
         datafiles.record(with_data(override))
     assert str(refused.value) == f"datasets.0.path: {Path(file).absolute()} does not exist"
+
+
+@pytest.mark.parametrize("files", ["", ", data_files: '**/**/**/*.txt'"])
+def test_a_search_of_the_whole_disk_is_bounded(place, monkeypatch, files):
+    monkeypatch.setattr(processes, "SECONDS", 0.01)
+    monkeypatch.setattr(processes, "_exceeding", set())
+    for i in range(3000):
+        (place / "data" / f"{i}").mkdir()
+    with pytest.raises(UserError) as refused:
+        datafiles.record(with_data(f"datasets.0={{path: data{files}}}"))
+    assert str(refused.value) == "data: takes more than 0.01 s or 256 MiB"
 
 
 def test_training_steps(place):

@@ -35,8 +35,8 @@ def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("show variants/wode.yaml", "variants/wode.yaml: no such file; did you mean variants/wide.yaml?"),
-        ("show wide.yaml", "wide.yaml: no such file; did you mean wide?"),
+        ("show variants/wode.yaml", "variants/wode.yaml: does not exist; did you mean variants/wide.yaml?"),
+        ("show wide.yaml", "wide.yaml: does not exist; did you mean wide?"),
         (
             "data fetch code --only nowhere",
             "--only nowhere: no source of that name; there are Comment_Generation.zip, msg-5000-pred.txt, "

@@ -473,7 +473,7 @@ def test_the_check_of_an_old_file_names_the_command_that_migrates_it(place, reci
             id="not-a-version",
         ),
         pytest.param("old.yml", "- a\n", [], "old.yml: not a mapping of keys to values", id="a-list"),
-        pytest.param("old.md", None, [], "old.md: no such file", id="missing-card"),
+        pytest.param("old.md", None, [], "old.md: does not exist", id="missing-card"),
     ],
 )
 def test_what_the_user_has_to_decide_is_refused_with_its_line(place, recipe, file, text, arguments, message):

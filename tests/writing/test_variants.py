@@ -179,7 +179,7 @@ def test_a_variant_from_the_command_line_to_its_config(place, recipe):
             f"--model codellama/CodeLlama-7b-hf: {BASE} has this model already; name another model",
             id="same-model",
         ),
-        pytest.param(["x", "--data", "gone.jsonl"], "--data gone.jsonl: no such file", id="missing-rows"),
+        pytest.param(["x", "--data", "gone.jsonl"], "--data gone.jsonl: does not exist", id="missing-rows"),
     ],
 )
 def test_a_refused_variant_is_not_written(place, recipe, arguments, message):
