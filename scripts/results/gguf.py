@@ -85,7 +85,7 @@ def ollama_template(prompt: "PromptText") -> str | None:
     The last field is what a user types. Ollama fills a field before it with the system prompt.
     """
     variables = ["System", "Prompt"][-len(prompt.fields) :]
-    if len(prompt.fields) != len(variables) or _QUOTES in prompt.text:
+    if len(prompt.fields) != len(variables) or _QUOTES in "".join([prompt.text, "\n", *prompt.ends]):
         return None
     template = prompt.text.replace("{{", '{{ "{{" }}')
     for field, variable in zip(prompt.fields, variables, strict=True):

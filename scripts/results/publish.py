@@ -1,6 +1,7 @@
 """Publish a run's adapter: model card, merged model, push to the hub."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -158,7 +159,8 @@ def _export(result: RunResult, tools: "GgufTools") -> list[Path]:
         The files, the first type first, and the Modelfile.
     """
     folder, types = result.folder, ",".join(tools.types)
-    pattern = f"{Path(result.run.recipe).name}-{{ftype}}.gguf"
+    name = re.sub(r"(?a)[^\w.-]+", "-", Path(result.run.recipe).name).strip("-")  # braces and spaces mean something
+    pattern = f"{name}-{{ftype}}.gguf"
     names = [pattern.format(ftype=name) for name in (*tools.types, "f16")]
 
     def make(part: Path) -> None:

@@ -38,11 +38,6 @@ class RunDir:
         self._json = path / "run.json"
         self._jobs = path / "jobs.json"  # separate, because a job can write run.json before its id is recorded
 
-    @property
-    def quoted(self) -> str:
-        """Path of the folder, quoted for a shell, for commands in messages."""
-        return shlex.quote(str(self.path))
-
     def runs(self, recipe: str) -> Path:
         """Folder of all runs, derived from this run's path and recipe."""
         return self.path.parents[recipe.count("/") + 1]
@@ -60,6 +55,11 @@ class RunDir:
     def prepared(self) -> str:
         """Folder of the run's prepared rows, from its config."""
         return str(self.config.get("dataset_prepared_path"))
+
+    @property
+    def quoted(self) -> str:
+        """Path as a word of a shell command, for messages."""
+        return shlex.quote(str(self.path))
 
     def write(self, run: Run) -> None:
         """Replace run.json."""
