@@ -15,7 +15,7 @@ from ..base.hub import importing_axolotl
 from ..base.paths import template_environment
 from ..base.secrets import names_secret, without_secrets
 from ..base.yamlfiles import Config
-from ..config import datafiles, merging, models
+from ..config import consent, datafiles, merging, models
 from ..config.merging import Override
 from ..data import studies
 from ..data.declaration import Data
@@ -308,6 +308,8 @@ def _template() -> Any:
 
 def is_private(key: str) -> bool:
     """True if a dotted key holds a secret, a local folder, an account or a host."""
+    if consent.entry_of(key).get("kind") in ("write", "host", "account"):
+        return True
     return bool(_NOT_SHOWN.match(key)) or names_secret(key)
 
 

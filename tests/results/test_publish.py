@@ -65,6 +65,7 @@ def run(tmp_path: Path) -> RunDir:
         "deepspeed": str(tmp_path / "elsewhere" / "zero2.json"),
         "use_wandb": True,
         "wandb_entity": "someone",
+        "push_dataset_to_hub": "someone/rows",
         "hf_mlflow_log_artifacts": True,
     }
     folder.config_file.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | ours))
@@ -239,6 +240,7 @@ def test_a_card_names_nothing_of_the_machine_and_no_secret(run, tmp_path):
     run.config_file.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(run.config_file) | SECRETS))
     absolute = str(tmp_path / "my data" / "train.jsonl")
     changes = SECRETS | {"datasets.0.path": absolute, "deepspeed": "../someone/zero.json", "wandb_entity": "someone"}
+    changes |= {"push_dataset_to_hub": "someone/rows", "otel_metrics_host": "someone.example"}
     overrides = [Override(key, value) for key, value in changes.items()]
     planted = [Difference(key=o.key, run=o.value, source=o.source) for o in overrides if o.key in SECRETS]
     run.write(
