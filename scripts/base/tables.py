@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from shutil import get_terminal_size
 from typing import Any
 
 import click
@@ -14,7 +13,7 @@ import orjson
 
 from .files import Row
 from .secrets import without_secrets
-from .terminal import broken, harmless
+from .terminal import broken, columns, harmless
 from .yamlfiles import write_flow
 
 
@@ -207,7 +206,7 @@ def print_text(text: str) -> None:
 
 
 def _width() -> int:
-    return get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    return columns() if sys.stdout.isatty() else sys.maxsize
 
 
 def print_json(value: Any) -> None:

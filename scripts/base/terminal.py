@@ -35,7 +35,8 @@ def broken(text: str, width: int) -> Iterator[str]:
     """
     from rich.cells import cell_len
 
-    indent = line = " " * (len(text) - len(text.lstrip(" ")))
+    spaces = len(text) - len(text.lstrip(" "))
+    indent = line = " " * min(spaces, width // 2)  # textwrap never ends with an indent beyond the width
     for word in re.findall(r"[(`][^()`]{1,60}[)`]\S*\s?|\S+\s?|\s", harmless(text.lstrip(" "))):
         fits = cell_len(f"{indent}  {word.rstrip()}") <= width
         for piece in [word] if fits else re.split(r"(?<=[/\s])", word):
@@ -48,10 +49,15 @@ def broken(text: str, width: int) -> Iterator[str]:
     ) or [line]
 
 
+def columns() -> int:
+    """Width of the terminal in cells, at least 20: a collapsed window can have one."""
+    return max(get_terminal_size().columns, 20)
+
+
 def say(text: str) -> None:
     """Write a text to stderr, wrapped to the terminal's width; ignore a closed stderr."""
     is_command = text.startswith(("next: ", "chat: "))  # unwrapped, for copying
-    width = get_terminal_size().columns if sys.stderr.isatty() and not is_command else sys.maxsize
+    width = columns() if sys.stderr.isatty() and not is_command else sys.maxsize
     with suppress(OSError):
         for line in text.split("\n"):
             print(*broken(line, width), sep="\n", file=sys.stderr, flush=True)
