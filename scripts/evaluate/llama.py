@@ -38,10 +38,10 @@ MOST_PROBABLE = 64  # tokens whose log-probabilities a response lists
 FORCING = 1000.0  # bias that makes a token certain
 LOWEST = -80.0  # log-probability that stands for zero, which the server writes as -3.4e38
 LEAST = 1e-6  # least probability of all unlisted tokens; the server's probabilities are rounded to about 1e-7
-MOST_KL, MOST_KL_OF_HALF = 0.0005, 0.02
-"""Maximum mean KL of a file with 16-bit weights from the merged weights, in nats: computed in fp32, or in 16 bits.
+MOST_KL = 0.0005
+"""Maximum mean KL of a file with 16-bit weights from the merged weights, in nats.
 
-Right files had at most 0.0001 and 0.008. The smallest fault, after 8 steps of training, had 0.0013 (docs/laptop.md).
+Right files had at most 0.0001. The smallest fault, after 8 steps of training, had 0.0013 (docs/laptop.md).
 """
 
 
@@ -275,8 +275,6 @@ class LlamaServer(Server):
             UserError: the file has 16-bit weights, and the KL exceeds `MOST_KL`.
             WorkFailed: the server does not respond.
         """
-        import torch
-
         from .transformers_engine import Reference
 
         chosen = sampled(examples)
@@ -285,13 +283,12 @@ class LlamaServer(Server):
         with Bar("comparing with the adapter"):
             reference = Reference(self.prompter)
             distance = compare(reference, chosen, rows)
-            most_kl = MOST_KL if reference.model.dtype == torch.float32 else MOST_KL_OF_HALF
             reference.free()
         say(f"{self.file}: {distance}")
-        if distance.kl > most_kl and not self.file.is_quantized:  # quantization can change a model more than a fault
+        if distance.kl > MOST_KL and not self.file.is_quantized:  # quantization can change a model more than a fault
             raise UserError(
                 f"{self.file.name}: not the trained model: its mean KL from the merged weights is {distance.kl:.4f}, "
-                f"and at most {most_kl} in right files of 16 bits; export it again with `recipe publish RUN --gguf "
+                f"and at most {MOST_KL} in right files of 16 bits; export it again with `recipe publish RUN --gguf "
                 "f16`, which merges the adapter into the weights that it was trained on"
             )
         return distance
@@ -339,7 +336,6 @@ def compare(reference: "Reference", examples: Sequence[Example], rows: Sequence[
         examples: the rows.
         rows: tokens of each row's answer by the file; all or the first.
     """
-    reference.compute_in_fp32()
     trained = [float(expected[token.id]) for expected, token in _at_tokens(reference, examples, rows)]
     merged: list[float] = []
     served: list[float] = []

@@ -102,8 +102,9 @@ class Distance(BaseModel):
 
     def __str__(self) -> str:
         return (
-            f"loss {self.losses} (adapter → merged → file), mean KL from the merged weights {self.kl:.4f}, mean "
-            f"difference of log-probabilities {self.difference:.3f}, on {self.tokens:,} tokens of {self.rows} rows"
+            f"loss {self.losses} (adapter → merged → file), mean KL from the merged weights {self.kl:.4f} (a "
+            f"quantized file is not refused for it), mean difference of log-probabilities {self.difference:.3f}, on "
+            f"{self.tokens:,} tokens of {self.rows} rows"
         )
 
     @property

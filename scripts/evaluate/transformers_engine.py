@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Container, Iterator, Sequence, Set
 from copy import deepcopy
+from functools import partial
 from itertools import batched, groupby
 from pathlib import Path
 from typing import Any
@@ -194,12 +195,15 @@ class Reference(Engine):
         self._add_adapter()
         if self.settings.adapter_sha256:
             self.model = self.model.merge_and_unload()
-        self.compute_in_fp32()
+        self._compute_in_fp32()
 
-    def compute_in_fp32(self) -> None:
-        """Compute in fp32 from now on, without new weights, if the memory allows it."""
-        if self._free_memory() > self.model.num_parameters() * torch.float32.itemsize:
-            torch.nn.Module.float(self.model)  # transformers refuses `float` for models that were quantized
+    def _compute_in_fp32(self) -> None:
+        """Compute in fp32 from now on; a layer's weights are in fp32 only while it computes, which saves memory."""
+        if "flash" in str(self.model.config._attn_implementation):  # which refuses fp32
+            self.model.set_attn_implementation("sdpa")
+        for layer in self.model.modules():
+            layer.register_forward_pre_hook(partial(_cast, torch.float32))
+            layer.register_forward_hook(partial(_cast, self.model.dtype))
 
     def _free_memory(self) -> int:
         """Free memory of the device, in bytes."""
@@ -212,6 +216,12 @@ class Reference(Engine):
         del self.model
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _cast(dtype: torch.dtype, layer: torch.nn.Module, *_: object) -> None:
+    """Convert the weights of a layer, without those of layers inside it."""
+    for weight in layer.parameters(recurse=False):
+        weight.data = weight.data.to(dtype)
 
 
 def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[int, list[int]]]:

@@ -17,6 +17,7 @@ from .run_result import RunResult, RunScore
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown without a loss per token
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
+_FILES = "GGUF files, each below the adapter that it was made of; a quantized file is not refused for its KL"
 _BELOW = ("scored", "trouble", "changed", "variant of", "jobs", "predictions", "adapter", "not compared", "recipe file")
 
 
@@ -112,7 +113,7 @@ def _tables(results: Sequence[RunResult]) -> Iterator[Table]:
     for title, group in _groups(results).items():
         columns = _columns(group)
         yield Table([cells(result, columns) for result in group], title, below=_BELOW)
-        yield Table([*_files(group, columns)], "GGUF files, each below the adapter that it was made of")
+        yield Table([*_files(group, columns)], _FILES)
 
 
 def _groups(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:

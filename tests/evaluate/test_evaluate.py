@@ -9,6 +9,7 @@ import pytest
 import torch
 from run_folders import a_checkpoint, configure, other_evaluation, rows_for
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.files import Row, sha256, write_rows
@@ -16,7 +17,7 @@ from qlora_recipes.config import substitution
 from qlora_recipes.config.datafiles import DataFile
 from qlora_recipes.data import studies
 from qlora_recipes.data.studies import Decoding
-from qlora_recipes.evaluate import evaluate, predict
+from qlora_recipes.evaluate import evaluate, predict, transformers_engine
 from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
 from qlora_recipes.evaluate.prompter import Prompter
 from qlora_recipes.evaluate.scores_file import (
@@ -249,6 +250,23 @@ def generated(reference: Reference, rows: list[dict[str, Any]]) -> list[Completi
 def test_batched_predictions_are_those_of_one_row_at_a_time(reference, rows):
     single = generated(reference(batch_size=1), rows)
     assert generated(reference(batch_size=16), rows) == single
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_merged_weights_compute_in_fp32_and_stay_in_16_bits(reference, tiny, monkeypatch, attention):
+    def loaded(*how: Any) -> Any:
+        model = base_model(*how)
+        model.config._attn_implementation = attention
+        return model
+
+    merged = reference()
+    monkeypatch.setattr(transformers_engine, "base_model", loaded)
+    merged.merge()
+    logits = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)(torch.tensor([[1, 50, 60, 70]])).logits
+    for _ in range(2):
+        probabilities = merged.log_probabilities([1, 50], [60, 70, 80])
+        assert torch.equal(probabilities, logits[0, 1:].double().log_softmax(-1))
+    assert {weight.dtype for weight in merged.model.parameters()} == {torch.bfloat16}
 
 
 def test_a_batch_that_does_not_fit_is_done_in_halves(reference, rows, monkeypatch):

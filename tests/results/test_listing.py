@@ -87,7 +87,7 @@ def test_gguf_files_stand_below_their_adapter(tmp_path, recipe):
     shown = recipe.ok("results").stdout
     table = shown[shown.index("GGUF files") :].splitlines()
     title, head, adapter, file_row = table[:4]
-    assert title == "GGUF files, each below the adapter that it was made of"
+    assert title == listing._FILES
     assert re.split("  +", head)[:3] == ["run", "file", "BLEU-4"]
     assert re.split("  +", adapter)[1:3] == ["adapter", "5.00"]
     assert re.split("  +", file_row)[1:3] == ["m-q4_k_m.gguf (Q4_K - Medium, 4.9 bits)", "4.50"]

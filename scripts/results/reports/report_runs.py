@@ -171,7 +171,7 @@ def _scores(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[st
     distance = evaluation.settings.distance
     if distance:
         texts["loss of adapter → merged → file"] = distance.losses
-        texts["mean KL from the merged weights"] = f"{distance.kl:.4f}"
+        texts["mean KL from the merged weights (without a bound if quantized)"] = f"{distance.kl:.4f}"
     shares = evaluation.shares.model_dump(exclude={"rows"}, exclude_none=True)
     return texts | details | {TITLES[name]: tables.text_of(share) for name, share in shares.items()}
 
