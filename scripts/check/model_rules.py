@@ -46,8 +46,20 @@ def missing_special_token(case: Case) -> Problems:
                 "not train that row, and loading the adapter requires adding it to the base model"
             )
             such_as = f", such as {case.model.pad_token} for padding" if case.model.pad_token else ""
-            remedy = f"use one of the model's tokens{such_as}, or set lora_modules_to_save: [embed_tokens, lm_head]"
-            yield level, f"special_tokens.{name}", problem, remedy
+            tying = " and peft_ensure_weight_tying: true" if models.ties_embeddings(case.architecture) else ""
+            saving = f"set lora_modules_to_save: [embed_tokens, lm_head]{tying}"
+            yield level, f"special_tokens.{name}", problem, f"use one of the model's tokens{such_as}, or {saving}"
+
+
+@rule
+def tied_embeddings(case: Case) -> Problems:
+    """Of tied embeddings that are trained apart, a merge keeps embed_tokens only (PEFT#2777; seen).
+
+    With peft_ensure_weight_tying, PEFT trains them as one matrix, and the merged model equals the trained one (seen).
+    """
+    if models.lost_in_merge(case.config | {"lora_target_modules": None}, case.architecture):
+        problem = "lm_head is tied to embed_tokens in this model: trained apart, only embed_tokens outlives a merge"
+        yield "error", "lora_modules_to_save", problem, "set peft_ensure_weight_tying: true"
 
 
 @rule

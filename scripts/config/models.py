@@ -15,7 +15,7 @@ from ..base.errors import UserError, did_you_mean
 from ..base.files import read_bytes, read_json
 from ..base.hardware import GIB
 from ..base.yamlfiles import Config
-from .merging import merge
+from .merging import listed, merge
 
 MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP[:3])
@@ -140,6 +140,25 @@ def architecture_here(config: Config) -> Config:
     with suppress(UserError):
         return architecture(config, download=False)
     return {}
+
+
+def ties_embeddings(architecture: Config) -> bool:
+    """True if a model's lm_head is its embed_tokens, as by default for Gemma, whose config.json lacks the key."""
+    is_gemma = str(architecture.get("model_type")).startswith("gemma")
+    return bool(architecture.get("tie_word_embeddings", is_gemma))
+
+
+def lost_in_merge(config: Config, architecture: Config) -> list[str]:
+    """Trained modules that `axolotl merge-lora` leaves out, without a message (seen).
+
+    It merges no LoRA on embed_tokens, and writes one matrix for a head that is tied to the embedding.
+    """
+    is_tied = ties_embeddings(architecture)
+    names = listed(config, "lora_target_modules")
+    if is_tied and not config.get("peft_ensure_weight_tying"):
+        names += listed(config, "lora_modules_to_save")
+    endings = ("embed_tokens", "lm_head") if is_tied else ("embed_tokens",)
+    return [name for name in names if name.endswith(endings)]
 
 
 def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:

@@ -14,6 +14,7 @@ from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.processes import make_once, start_child
 from ..base.terminal import Bar, say
 from ..config import substitution
+from ..config.models import architecture, lost_in_merge
 from ..evaluate.scores_file import ADAPTER, about_rows
 from ..run import backends, launch, trust
 from ..run.rundir import RunDir
@@ -110,8 +111,15 @@ def _report_evaluation(result: RunResult) -> None:
 
 
 def _merge(result: RunResult) -> Path:
-    """Merge base model and adapter with Axolotl, if necessary; return the merged model's folder."""
+    """Merge base model and adapter with Axolotl, if necessary; return the merged model's folder.
+
+    Raises:
+        UserError: the merge would leave out trained modules.
+    """
     folder = result.folder
+    if lost := lost_in_merge(result.config, architecture(result.config)):
+        problem = f"a merge would lose the trained {', '.join(lost)}"
+        raise UserError(problem, file=folder.config_file, remedy="publish the adapter, without --merge and --gguf")
     merged = folder.output / "merged"
 
     def make(part: Path) -> None:  # not the output folder, where Axolotl would replace the training log

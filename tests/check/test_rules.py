@@ -56,6 +56,7 @@ DATA = {"path": "data/codereviewer/train.jsonl", "type": "alpaca"}
 CHATS = DATA | {"type": "chat_template"}
 CHAT = {"datasets": [CHATS]}
 PHI = {"base_model": "microsoft/Phi-3-mini-4k-instruct", "lora_target_modules": ["q_proj", "o_proj"]}
+TIED = {"base_model": "meta-llama/Llama-3.2-3B", "special_tokens": {"pad_token": "<|end_of_text|>"}}
 LIGER = "axolotl.integrations.liger.LigerPlugin"
 FUSED_LOSS = {
     "plugins": [LIGER],
@@ -331,6 +332,18 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "[missing-special-token:special_tokens.eos_token]",
     ),
     (
+        TIED | {"special_tokens": {"eos_token": "<|im_end|>"}},
+        "error: special_tokens.eos_token: <|im_end|> is not a special token of this model: Axolotl adds it with "
+        "a new embedding row; LoRA does not train that row, and loading the adapter requires adding it to the "
+        "base model; use one of the model's tokens, or set lora_modules_to_save: [embed_tokens, lm_head] and "
+        "peft_ensure_weight_tying: true [missing-special-token:special_tokens.eos_token]",
+    ),
+    (
+        TIED | {"lora_modules_to_save": ["model.embed_tokens"], "lora_target_modules": ["q_proj", "lm_head"]},
+        "error: lora_modules_to_save: lm_head is tied to embed_tokens in this model: trained apart, only embed_tokens "
+        "outlives a merge; set peft_ensure_weight_tying: true [tied-embeddings:lora_modules_to_save]",
+    ),
+    (
         {"trust_remote_code": True},
         "error: trust_remote_code: may run foreign code: True is not on the list of what is harmless; read the "
         "code; to run it, pass the name in brackets to --force [foreign-code:trust_remote_code]",
@@ -481,6 +494,8 @@ RIGHT: list[tuple[dict[str, Any], str | None]] = [
     ({"sequence_len": 32768, "overrides_of_model_config": {"rope_scaling": {"type": "linear", "factor": 2}}}, None),
     ({"special_tokens": {"pad_token": "<unk>"}}, None),
     ({"special_tokens": {"eos_token": "<|im_end|>"}, "lora_modules_to_save": ["embed_tokens", "lm_head"]}, None),
+    (TIED | {"lora_modules_to_save": ["embed_tokens", "lm_head"], "peft_ensure_weight_tying": True}, None),
+    (TIED | {"lora_target_modules": ["q_proj", "lm_head"]}, None),
     ({"datasets": [{"path": "some/data-set", "type": "alpaca"}]}, None),
     (data(path="data", data_files="data/codereviewer/t*.jsonl"), None),
     (data(path="owner/rows") | {"test_datasets": [DATA | {"path": "owner/rows"}]}, None),  # splits train and test

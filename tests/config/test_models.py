@@ -97,6 +97,31 @@ def test_the_tokens_that_no_file_names_are_the_defaults_of_transformers():
         assert {name: defaults[name].default for name in tokens} == tokens
 
 
+@pytest.mark.parametrize(
+    ("architecture", "trained", "lost"),
+    [
+        pytest.param({"model_type": "llama"}, {"saved": ["embed_tokens", "lm_head"]}, [], id="untied"),
+        pytest.param({"model_type": "llama"}, {"lora": ["q_proj", "lm_head"]}, [], id="LoRA on an untied head"),
+        pytest.param({"model_type": "llama"}, {"lora": ["q_proj", "embed_tokens"]}, ["embed_tokens"], id="embedding"),
+        pytest.param({"model_type": "gemma2"}, {"saved": ["model.lm_head"]}, ["model.lm_head"], id="tied by default"),
+        pytest.param({"model_type": "gemma2"}, {"saved": ["lm_head"], "ties": True}, [], id="trained as one"),
+        pytest.param(
+            {"tie_word_embeddings": True},
+            {"saved": ["embed_tokens"], "lora": ["q_proj", "lm_head"], "ties": True},
+            ["lm_head"],
+            id="LoRA on a tied head",
+        ),
+    ],
+)
+def test_modules_that_a_merge_loses_are_named(architecture, trained, lost):
+    config = {
+        "lora_target_modules": trained.get("lora"),
+        "lora_modules_to_save": trained.get("saved"),
+        "peft_ensure_weight_tying": trained.get("ties"),
+    }
+    assert models.lost_in_merge(config, architecture) == lost
+
+
 def test_a_misspelt_model_is_suggested_to_a_plan():
     with pytest.raises(UserError) as refused:
         models.architecture({"base_model": "Qwen/Qwen2.5-Codr-7B"}, download=False)

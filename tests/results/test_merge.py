@@ -8,11 +8,60 @@ from conftest import finish, start, wait_until
 from run_folders import ADAPTER, a_run
 from safetensors import numpy as arrays
 
+from qlora_recipes.config import models
 from qlora_recipes.results import publish
 from qlora_recipes.run.rundir import RunDir
 
 NAME = "haider2024/code-llama-7b"
 STOPS = [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+
+
+TIED = {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "config"),
+    [
+        pytest.param({}, {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, id="untied, saved"),
+        pytest.param({}, {"lora_target_modules": ["q_proj", "lm_head"]}, id="untied, LoRA on the head"),
+        pytest.param({}, {"lora_target_modules": ["q_proj", "embed_tokens"]}, id="LoRA on the embedding"),
+        pytest.param(TIED, {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, id="tied, trained apart"),
+        pytest.param(TIED, {"lora_modules_to_save": ["lm_head"]}, id="tied, only the head"),
+        pytest.param(TIED, {"lora_target_modules": ["q_proj", "lm_head"]}, id="tied, LoRA on the head"),
+        pytest.param(
+            TIED,
+            {"lora_modules_to_save": ["embed_tokens", "lm_head"], "peft_ensure_weight_tying": True},
+            id="tied, trained as one",
+        ),
+    ],
+)
+def test_axolotls_merge_loses_what_is_refused(tmp_path, tiny, sizes, config):
+    """Real merges, because another release of Axolotl may merge more."""
+    import torch
+    from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    architecture = AutoConfig.from_pretrained(tiny, **sizes)
+    AutoModelForCausalLM.from_config(architecture, dtype=torch.float32).save_pretrained(base)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=config.get("lora_target_modules", ["q_proj"]),
+        modules_to_save=config.get("lora_modules_to_save"),
+        ensure_weight_tying=config.get("peft_ensure_weight_tying", False),
+        init_lora_weights=False,
+    )
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
+    for weight in {weight for weight in trained.parameters() if weight.requires_grad}:
+        weight.data += 0.1 * torch.randn(weight.shape)
+    trained.save_pretrained(tmp_path / "adapter")
+    merge_lora_sharded_efficient(base, tmp_path / "adapter", tmp_path / "merged", device="cpu")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ids = torch.arange(5, 50)[None]
+    with torch.inference_mode():
+        difference = float((merged(ids).logits - trained.eval()(ids).logits).abs().max())
+    assert (difference > 1e-3) == bool(models.lost_in_merge(config, architecture.to_dict()))
 
 
 @pytest.fixture
