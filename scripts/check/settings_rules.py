@@ -61,7 +61,10 @@ def _needs_ampere(case: Case, name: str) -> Problems:
     """Features that a GPU before Ampere lacks, by the GPU's name."""
     if precision(case.config, on_gpu=True).weights == "bfloat16":
         problem = f"{name} only emulates bf16, slowly; the default, auto, turns it on"
-        yield "error", "bf16", problem, "use `--set bf16=false --set fp16=true`"
+        remedy = "use `--set bf16=false --set fp16=true`"
+        if re.match("gemma[23]", str(case.architecture.get("model_type"))):  # transformers#36822, not tested here
+            remedy = "activations of this model overflow in fp16: use `--set bf16=false` for fp32, or a GPU with bf16"
+        yield "error", "bf16", problem, remedy
     if case["tf32"] is True:
         yield "error", "tf32", f"{name} has no tf32", "set it to false"
     if takes_varlen(case.config, case.architecture):

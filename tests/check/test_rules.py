@@ -534,6 +534,21 @@ def test_what_a_gpu_lacks(gpu, change, keys):
     assert sorted(of_rule("gpu-lacks", change, gpu)) == [f"{level} gpu-lacks:{key}" for key in keys]
 
 
+@pytest.mark.parametrize(
+    ("base_model", "remedy"),
+    [
+        ("mistralai/Mistral-7B-v0.1", "use `--set bf16=false --set fp16=true`"),
+        (
+            "google/gemma-3-1b-it",
+            "activations of this model overflow in fp16: use `--set bf16=false` for fp32, or a GPU with bf16",
+        ),
+    ],
+)
+def test_only_some_models_are_advised_to_use_fp16(base_model, remedy):
+    findings = findings_of({"base_model": base_model, "fp16": None, "bf16": None}, "T4")
+    assert [finding.remedy for finding in findings if finding.name == "gpu-lacks:bf16"] == [remedy]
+
+
 def test_torch_for_an_older_cuda_runs_on_older_gpus(monkeypatch):
     for cuda in ("12.6", None):
         monkeypatch.setattr(settings_rules, "torch_cuda", lambda cuda=cuda: cuda)
