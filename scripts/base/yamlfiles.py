@@ -89,19 +89,19 @@ def parse(text: str, file: Path | str = "", loader: Any = _Loader, option: str =
     try:
         require_small(text, file, option)
         content = yaml.load(text, loader)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+        for value in _values(content):
+            too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # True for NaN too
+            if not isinstance(value, _PLAIN) or too_large:
+                problem = f"{value!r:.50} is not allowed in a config"
+                raise UserError(problem, file=file, key=option, remedy="if it is text, put it in quotes")
+            if isinstance(value, dict):
+                for key in value:
+                    if not isinstance(key, str):
+                        problem = f"the key {key!r:.50} is not text"
+                        raise UserError(problem, file=file, key=option, remedy="put it in quotes")
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # ValueError: a number of thousands of digits
         problem, line = _problem(error, text)
         raise UserError(f"not valid YAML: {problem}", file=file, line=line, key=option) from None
-    for value in _values(content):
-        too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # True for NaN too
-        if not isinstance(value, _PLAIN) or too_large:
-            problem = f"{value!r:.50} is not allowed in a config"
-            raise UserError(problem, file=file, key=option, remedy="if it is text, put it in quotes")
-        if isinstance(value, dict):
-            for key in value:
-                if not isinstance(key, str):
-                    problem = f"the key {key!r:.50} is not text"
-                    raise UserError(problem, file=file, key=option, remedy="put it in quotes")
     return content
 
 
@@ -307,7 +307,7 @@ def inside(node: Any, part: str) -> tuple[Any, Any] | None:
     """
     if isinstance(node, yaml.MappingNode):
         return next((pair for pair in node.value if pair[0].value == part), None)
-    if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
+    if isinstance(node, yaml.SequenceNode) and part in map(str, range(len(node.value))):
         return node.value[int(part)], node.value[int(part)]
     return None
 

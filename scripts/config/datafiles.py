@@ -319,7 +319,7 @@ def can_be_rehearsed(dataset: Config) -> bool:
 
 def at_most(dataset: DatasetRef, rows: int) -> Config:
     """Limit a data set to its first rows; leave splits such as `train[:10%]` unchanged."""
-    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", dataset.split)
+    match = re.fullmatch(r"(\w+)(?:\[(\d{,18}):(\d{,18})\])?", dataset.split)
     if not match:
         return dataset.entry
     name, begin, end = match.groups(default="")
@@ -331,7 +331,7 @@ def at_most(dataset: DatasetRef, rows: int) -> Config:
 
 def first_rows(dataset: Config) -> int | None:
     """Number of rows in a split such as `train[:40]`; None for all."""
-    match = re.fullmatch(r"train\[:(\d+)\]", str(dataset.get("split")))
+    match = re.fullmatch(r"train\[:(\d{1,18})\]", str(dataset.get("split")))
     return int(match[1]) if match else None
 
 

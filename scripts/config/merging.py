@@ -173,7 +173,7 @@ def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
         return value
     part, _, rest = path.partition(".")
     if isinstance(current, list):
-        if not part.isdecimal() or int(part) >= len(current):
+        if part not in map(str, range(len(current))):
             problem = f"{part} is not a position in a list of {len(current)}, counted from 0"
             raise UserError(problem, key=f"--set {key}")
         return [_replaced(item, rest, value, key) if i == int(part) else item for i, item in enumerate(current)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
@@ -439,8 +439,8 @@ def _release(old: OldConfig) -> tuple[Version, str]:
         return signs[sign], sign
     try:
         return Version(old.release), ""
-    except InvalidVersion:
-        raise UserError(f"not a version: {old.release}", key="--axolotl", remedy="give one, as in 0.4.0") from None
+    except ValueError:  # not a version, or one of thousands of digits
+        raise UserError(f"not a version: {old.release:.40}", key="--axolotl", remedy="give one, as in 0.4.0") from None
 
 
 def supported() -> Version:

@@ -42,6 +42,10 @@ MISTAKES = [
     pytest.param("a: 2024-99-01", ": not valid YAML: month must be in 1..12", id="impossible date"),
     pytest.param("a: 2024-01-01",
         ": datetime.date(2024, 1, 1) is not allowed in a config; if it is text, put it in quotes", id="date"),
+    pytest.param(f"a: {'9' * 5000}", ": not valid YAML: Exceeds the limit (4300 digits) for integer string conversion: "
+        "value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit", id="digits"),
+    pytest.param(f"a: 0x{'f' * 4000}", ": not valid YAML: Exceeds the limit (4300 digits) for integer string "
+        "conversion; use sys.set_int_max_str_digits() to increase the limit", id="digits in base 16"),
     pytest.param("a: .nan", ": nan is not allowed in a config; if it is text, put it in quotes", id="NaN"),
     pytest.param("a: " + "[" * 200_000, f": {TOO_LARGE}", id="many levels"),  # loading them would end the process
 ]

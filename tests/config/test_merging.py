@@ -74,6 +74,11 @@ def test_a_value_is_written_without_needless_quotes(value, text):
     ("key", "message"),
     [
         pytest.param("d.7.p", "--set d.7.p: 7 is not a position in a list of 1, counted from 0", id="position"),
+        pytest.param(
+            f"d.{'9' * 5000}",
+            f"--set d.{'9' * 5000}: {'9' * 5000} is not a position in a list of 1, counted from 0",
+            id="digits",
+        ),
         pytest.param("d.x", "--set d.x: x is not a position in a list of 1, counted from 0", id="key-of-a-list"),
         pytest.param("a.b", "--set a.b: 1 has no key b", id="key-of-a-number"),
     ],
@@ -143,3 +148,4 @@ def test_a_config_written_and_read_again_is_the_same(content):
 def test_the_line_of_a_nested_key_is_found(tmp_path):
     file = write(tmp_path, "# head\na: 1\nd:\n  - p: x\n  - p: y\n    q: 1\n")
     assert [yamlfiles.line_of(file, key.split(".")) for key in ("a", "d.0.p", "d.1.q", "d")] == [2, 4, 6, 3]
+    assert yamlfiles.line_of(file, ["d", "9" * 5000]) == 3

@@ -472,6 +472,13 @@ def test_the_check_of_an_old_file_names_the_command_that_migrates_it(place, reci
             "--axolotl: not a version: old; give one, as in 0.4.0",
             id="not-a-version",
         ),
+        pytest.param(
+            "README.md",
+            CARD.replace("axolotl version: `0.4.0`", f"axolotl version: `0.{'4' * 5000}`"),
+            [],
+            f"--axolotl: not a version: 0.{'4' * 38}; give one, as in 0.4.0",
+            id="digits",
+        ),
         pytest.param("old.yml", "- a\n", [], "old.yml: not a mapping of keys to values", id="a-list"),
         pytest.param("old.md", None, [], "old.md: does not exist", id="missing-card"),
     ],
