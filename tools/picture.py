@@ -68,7 +68,8 @@ def photograph(page: str, picture: Path, size: str, dark: bool) -> None:
         file = Path(folder) / "page.html"
         file.write_text(page)
         browser = shutil.which("chromium") or "google-chrome"
-        options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=8000"]
+        options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=8000", "--disable-gpu"]
+        options += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
         options += [f"--blink-settings=preferredColorScheme={int(not dark)}"]
         command = [browser, *options, f"--window-size={size}", f"--screenshot={picture}", file.as_uri()]
         subprocess.run(command, check=True, capture_output=True)
