@@ -32,7 +32,7 @@ def last_result(card: Path) -> tuple[str, str]:
             head = []  # the table's end
         else:
             row = dict(zip(head, cells, strict=True))
-            if row[_LOSS][:1].isdigit():
+            if re.fullmatch(r"(?a)\d{1,9}(\.\d{1,9})? \d{1,12}", f"{row[_LOSS]} {row[_STEP]}"):
                 result = row[_LOSS], row[_STEP]
     if result:
         return result

@@ -404,6 +404,25 @@ def test_a_card_becomes_a_study_with_its_last_eval_loss(place, recipe):
     assert recipe.ok("study", "check", "theirs").stderr.splitlines()[1] == "theirs: errors: 0, warnings: 0"
 
 
+@pytest.mark.parametrize(
+    ("loss", "step"),
+    [("1.5}, other/run: {scores: {eval_loss: 3", "48"), ("1e999", "48"), ("1" * 400, "48"), ("0x10", "48"),
+     ("1.2124", "48}")],
+)  # fmt: skip
+def test_a_card_adds_no_keys_to_its_study(place, recipe, loss, step):
+    write_rows(place)
+    row = f"| 1.2 | 4.0 | {step} | {loss} |\n"
+    name = "a: [b, 'c' # {{ 7*7 }}.md"
+    (place / name).write_text(
+        CARD.replace("\n- PEFT", f"\n- PEFT\n{row}").replace("1.2124          |\n", f"1.2124 |\n{row}")
+    )
+    recipe.ok("study", "new", "theirs", "--from", name)
+    study = yamlfiles.read_yaml(place / "recipes/theirs/study.yaml")
+    assert study["published"] == {"theirs/as-published": {"scores": {"eval_loss": 1.2124}}}
+    assert study["title"] == f"The run of the model card {name}"
+    assert recipe.ok("study", "check", "theirs").stderr.splitlines()[1] == "theirs: errors: 0, warnings: 0"
+
+
 def test_the_check_of_an_old_file_names_the_command_that_migrates_it(place, recipe):
     write_rows(place)
     (place / "old.yml").write_text(OF_2023)
