@@ -238,9 +238,12 @@ class _Partial:
 def _partial(part: Path, url: str) -> _Partial:
     """Partial download in a file; an empty one without a version, or of another address."""
     record = read_json(_version_file(part))
-    if record.get("url") != without_secrets(url) or not record["version"] or not part.exists():
+    version, total = record.get("version"), record.get("bytes")
+    if record.get("url") != without_secrets(url) or not part.exists():
         return _Partial()
-    return _Partial(record["version"], record["bytes"], part.stat().st_size)
+    if not (version and isinstance(version, str) and isinstance(total, int)):
+        return _Partial()
+    return _Partial(version, total, part.stat().st_size)
 
 
 def _version_file(part: Path) -> Path:

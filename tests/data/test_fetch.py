@@ -355,12 +355,25 @@ def test_a_server_that_never_sends_the_file_is_left_after_the_last_try(tmp_path,
     assert 1 <= len(asked) <= 6
 
 
-def test_a_partial_download_of_another_address_starts_over(tmp_path, server):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record | {"url": f"{record['url']}?other"},
+        *(
+            lambda record, key=key: {name: record[name] for name in record if name != key}
+            for key in ("version", "bytes")
+        ),
+        *(lambda record, odd=odd: record | {"version": odd} for odd in (None, "", ["1"])),
+        *(lambda record, odd=odd: record | {"bytes": odd} for odd in (None, "9", 1.5, {})),
+        lambda record: [],
+    ],
+)
+def test_a_partial_download_without_a_record_of_its_own_starts_over(tmp_path, server, change):
     server.breaks_after = [100_000] * 6
     with pytest.raises(WorkFailed):
         fetch_all(data(server.url), tmp_path)
     record = tmp_path / f"{ARCHIVE_NAME}.part.json"
-    record.write_bytes(orjson.dumps(orjson.loads(record.read_bytes()) | {"url": f"{server.url}?other"}))
+    record.write_bytes(orjson.dumps(change(orjson.loads(record.read_bytes()))))
     server.breaks_after = []
     server.seen.clear()
     fetch_all(data(server.url), tmp_path)
