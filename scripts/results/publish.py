@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from ..base import hub
 from ..base.errors import UserError, WorkFailed
-from ..base.files import opened, sha256, tensor_shapes, write_atomically
+from ..base.files import opened, read_json, sha256, tensor_shapes, write_atomically
 from ..base.processes import make_once, start_child
 from ..base.terminal import Bar, say
 from ..config import substitution
-from ..config.models import architecture, lost_in_merge
+from ..config.models import lost_in_merge
 from ..evaluate.scores_file import ADAPTER, about_rows
 from ..run import backends, launch, trust
 from ..run.rundir import RunDir
@@ -114,12 +114,9 @@ def _merge(result: RunResult) -> Path:
     """Merge base model and adapter with Axolotl, if necessary; return the merged model's folder.
 
     Raises:
-        UserError: the merge would leave out trained modules.
+        UserError: the merge leaves out trained modules.
     """
     folder = result.folder
-    if lost := lost_in_merge(result.config, architecture(result.config)):
-        problem = f"a merge would lose the trained {', '.join(lost)}"
-        raise UserError(problem, file=folder.config_file, remedy="publish the adapter, without --merge and --gguf")
     merged = folder.output / "merged"
 
     def make(part: Path) -> None:  # not the output folder, where Axolotl would replace the training log
@@ -132,6 +129,9 @@ def _merge(result: RunResult) -> Path:
         for pattern in _TOKENIZER:
             for file in folder.output.glob(pattern):
                 shutil.copy2(file, part)  # Axolotl copies the base model's tokenizer, without added tokens
+        if lost := lost_in_merge(result.config, read_json(part / "config.json")):  # the base model's
+            problem = f"Axolotl's merge loses the trained {', '.join(lost)}"
+            raise UserError(problem, file=folder.config_file, remedy="publish the adapter, without --merge and --gguf")
 
     return _made(merged, sha256(folder.output / ADAPTER), [], make)
 

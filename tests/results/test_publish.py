@@ -404,16 +404,17 @@ def test_a_run_without_its_adapter_is_not_published(run):
     assert str(raised.value) == f"{adapter}: damaged or missing; restore a copy, or train again: `recipe run {RECIPE}`"
 
 
-def test_a_run_whose_merge_loses_trained_modules_is_not_merged(run):
+def test_a_run_whose_merge_loses_trained_modules_is_not_merged(run, fake_axolotl, monkeypatch):
+    monkeypatch.setattr(launch, "AXOLOTL", fake_axolotl.with_name("axolotl"))
     shutil.rmtree(run.output / "merged")
     run_folders.configure(run, lora_target_modules=["q_proj", "model.embed_tokens"])
     with pytest.raises(UserError) as raised:
         publish.publish(run, merge=True)
     assert str(raised.value) == (
-        f"{run.config_file}: a merge would lose the trained model.embed_tokens; publish the adapter, without --merge "
-        "and --gguf"
+        f"{run.config_file}: Axolotl's merge loses the trained model.embed_tokens; publish the adapter, without "
+        "--merge and --gguf"
     )
-    assert not (run.output / "merged").exists()
+    assert [path.name for path in run.output.iterdir() if "merged" in path.name] == [".merged.lock"]
 
 
 def test_an_adapter_for_a_folder_is_not_pushed(run, tmp_path):
