@@ -188,7 +188,12 @@ def read_rows(file: Path, fields: Sequence[str] = (), hint: str = "") -> list[Ro
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
     """Replace the content of `file` with rows, one JSON line each."""
     with replacing(file) as stream:
-        stream.writelines(orjson.dumps(row) + b"\n" for row in rows)
+        stream.writelines(json_lines(rows))
+
+
+def json_lines(rows: Iterable[Row]) -> Iterator[bytes]:
+    """Lines of a JSONL file with rows."""
+    return (orjson.dumps(row) + b"\n" for row in rows)
 
 
 def read_json(file: Path) -> Row:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from ..base.errors import UserError, WorkFailed
-from ..base.files import Row, digest, naming, opened, parse_json, read_bytes, replacing
+from ..base.files import Row, digest, json_lines, naming, opened, parse_json, read_bytes, replacing
 from ..base.terminal import Bar, say
 from ..base.yamlfiles import Config
 from ..config import gpus
@@ -209,7 +209,7 @@ def read_part(
         raise UserError(f"{part}: has predictions of more rows; repeat the command that made them, or delete the file")
     with replacing(part) as stream:
         stream.write(settings_line(settings))
-        stream.writelines(orjson.dumps(row) + b"\n" for row in done.values())
+        stream.writelines(json_lines(done.values()))
     return {place: done[position] for place, position in enumerate(positions) if position in done}, settings
 
 
@@ -229,7 +229,7 @@ def _generate(
                     done[i] = rows[i] | {"prediction": answer.text}
                     if len(answer.tokens) >= most and answer.tokens[-1] not in ends:
                         done[i]["cut"] = True
-                stream.write(b"".join(orjson.dumps(done[i]) + b"\n" for i in answers))
+                stream.writelines(json_lines(done[i] for i in answers))
                 stream.flush()
                 bar.update(len(done))
         except WorkFailed as error:
