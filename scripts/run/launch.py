@@ -88,7 +88,10 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     if record.state == "finished":
         folder.write(record)
         return
-    error = _error(folder, record, launch.exit_code, stopped, log)
+    if reason := _reason(folder, record, launch.exit_code, stopped):
+        error = WorkFailed(f"{folder.path}: {reason}")
+    else:
+        error = _failed(folder, log, launch.exit_code)
     launch.error = "\n".join(str(error).splitlines()[-3:])
     folder.write(record)
     raise error
@@ -117,34 +120,31 @@ def _versions(provenance: Provenance) -> Config:
     return {key: provenance.get(key) for key in ("packages", "cuda", "gpus")}
 
 
-def _error(folder: RunDir, record: Run, code: int, stopped: bool, log: "LaunchLog") -> WorkFailed:
-    """Error that ended the last launch of an unfinished run.
+def _reason(folder: RunDir, record: Run, code: int, stopped: bool) -> str | None:
+    """Reason for the end of an unfinished run's last launch, and what to do; None if Axolotl failed.
 
     Args:
         code: exit code of the process.
         stopped: whether `recipe` received a request to stop.
-        log: log of the launch.
     """
     launch = record.launches[-1]
     resume = f"`recipe resume {folder.quoted}{' --on slurm' if this_job() else ''}` continues it"
     if launch.full_disk:
-        return WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some space, then {resume}")
+        return f"{record.state}, {launch.problem}; free some space, then {resume}"
     if record.state == "interrupted":
         if code == -signal.SIGKILL and not stopped:
-            cause = "killed by signal 9 (SIGKILL) from outside; memory probably ran out"
-            return WorkFailed(f"{folder.path}: {cause}: {_LESS_MEMORY}; {resume}")
-        return WorkFailed(f"{folder.path}: interrupted{_signal(code)}; {resume}")
+            return f"killed by signal 9 (SIGKILL) from outside; memory probably ran out: {_LESS_MEMORY}; {resume}"
+        return f"interrupted{_signal(code)}; {resume}"
     if record.summary.ended == "callback":
         step = f"step {record.summary.step} of {record.summary.max_steps}"
-        return WorkFailed(f"{folder.path}: a callback stopped the training at {step}; see {folder.log} for the reason")
+        return f"a callback stopped the training at {step}; see {folder.log} for the reason"
     if record.summary.ended == "first loss":
         problem = "stopped: the base model is damaged, or its precision, quantization or tokenizer is wrong"
         remedy = f"correct it; `recipe resume {folder.quoted} --force {FIRST_LOSS}` accepts the loss"
-        return WorkFailed(f"{folder.path}: {problem}; {remedy}")
+        return f"{problem}; {remedy}"
     if record.summary.ended == "no batch":
-        problem = "no step was trained, because the rows do not fill a batch; add rows or lower micro_batch_size"
-        return WorkFailed(f"{folder.path}: {problem}")
-    return _failed(folder, log, code)
+        return "no step was trained, because the rows do not fill a batch; add rows or lower micro_batch_size"
+    return None
 
 
 def _signal(code: int) -> str:
