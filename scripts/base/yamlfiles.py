@@ -115,10 +115,11 @@ def _problem(error: Exception, text: str) -> tuple[str, int | None]:
 
 @dataclass
 class _Size:
-    """Size of a YAML node: its values, and its levels below the first."""
+    """Size of a YAML node: its values, and its levels below the first; with its anchor, if any."""
 
     values: float = 0
     levels: float = 0
+    anchor: str | None = None
 
     def add(self, part: "_Size") -> None:
         self.values += part.values
@@ -134,21 +135,21 @@ def require_small(text: str, file: Path | str, option: str = "") -> None:
         UserError: the text is too large, or a node contains itself.
     """
     by_anchor: dict[str | None, _Size] = {}
-    open_nodes: list[tuple[str | None, _Size]] = [(None, _Size())]
+    open_nodes = [_Size()]
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.CollectionStartEvent):
             by_anchor[event.anchor] = _Size(math.inf)  # an alias inside this node would repeat it endlessly
-            open_nodes.append((event.anchor, _Size(1)))
+            open_nodes.append(_Size(1, anchor=event.anchor))
         elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = open_nodes.pop()
-            by_anchor[anchor] = size
-            open_nodes[-1][1].add(size)
+            size = open_nodes.pop()
+            by_anchor[size.anchor] = size
+            open_nodes[-1].add(size)
         elif isinstance(event, yaml.ScalarEvent):
             by_anchor[event.anchor] = _Size(1 + len(event.value) // 100)
-            open_nodes[-1][1].add(by_anchor[event.anchor])
+            open_nodes[-1].add(by_anchor[event.anchor])
         elif isinstance(event, yaml.AliasEvent):
-            open_nodes[-1][1].add(by_anchor.get(event.anchor, _Size()))  # composing reports an unknown alias
-        size = open_nodes[-1][1]
+            open_nodes[-1].add(by_anchor.get(event.anchor, _Size()))  # composing reports an unknown alias
+        size = open_nodes[-1]
         if size.values > _MOST_VALUES or max(size.levels, len(open_nodes)) > _MOST_LEVELS:
             problem = "too large or nested too deeply for a config"
             raise UserError(problem, file=file, key=option, remedy="remove values or aliases (*name)")
