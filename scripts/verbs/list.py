@@ -71,10 +71,11 @@ def _listed() -> list[Row]:
     studies = {folder.name: _declared(folder) for folder in paths.studies()}
     hours = read_json(paths.HOURS)["recipes"]
     unknown = {"hours": None, "hours_are": None}
-    recipes = {name: paths.recipe_file(name) for name in paths.recipe_names()}
-    variants = {name: paths.VARIANTS / f"{name}.yaml" for name in paths.variant_names()}
+    files = {name: paths.recipe_file(name) for name in paths.recipe_names()}
+    for name in paths.variant_names():
+        files.setdefault(name, paths.VARIANTS / f"{name}.yaml")
     rows = []
-    for name, file in (recipes | {name: file for name, file in variants.items() if name not in recipes}).items():
+    for name, file in files.items():
         try:
             rows.append(_row(name, file, studies) | hours.get(name, unknown))
         except UserError as error:
