@@ -115,11 +115,8 @@ def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
         for key in error.validator_value:
             if key not in error.instance:
                 yield Finding("error", "missing-key", f"{start}{key}", "missing; set it")
-    elif error.validator in ("enum", "const"):
-        problem = f"{_as_yaml(error.instance)} is not an allowed value{_choices(error)}"
-        yield Finding("error", "value", path, problem, _how_to_write(error.instance))
-    elif error.validator in ("anyOf", "type"):
-        problem = f"{_as_yaml(error.instance)} is not {_allowed_types(error)}"
+    elif error.validator in ("enum", "const", "anyOf", "type"):
+        problem = f"{_as_yaml(error.instance)} is not {_allowed(error)}"
         yield Finding("error", "value", path, problem, _how_to_write(error.instance))
     else:
         yield Finding("error", "value", path, error.message[:200])
@@ -145,8 +142,10 @@ def _choices(error: Any) -> str:
     return did_you_mean(str(error.instance), choices) or listed
 
 
-def _allowed_types(error: Any) -> str:
-    """Types that the schema allows, in words."""
+def _allowed(error: Any) -> str:
+    """Values or types that the schema allows, in words."""
+    if error.validator in ("enum", "const"):
+        return f"an allowed value{_choices(error)}"
     types = []
     for cause in (error, *error.context):
         if cause.validator == "type" and cause.validator_value in _TYPES:
