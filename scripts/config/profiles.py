@@ -12,7 +12,8 @@ ADAPTED = ("fast", "packed")
 """The profiles that are adapted to a config."""
 Incompatible = dict[str, Config]
 """Changed profile keys by reason: None for a key left out, otherwise the value used instead."""
-_LIGER = ("plugins", "liger_rms_norm", "liger_glu_activation", "liger_rope", "liger_fused_linear_cross_entropy")
+_LIGER_LOSS = "liger_fused_linear_cross_entropy"
+_LIGER = ("plugins", "liger_rms_norm", "liger_glu_activation", "liger_rope", _LIGER_LOSS)
 _LORA = {
     "lora_qkv_kernel": ("q_proj", "k_proj", "v_proj"),
     "lora_o_kernel": ("o_proj",),
@@ -73,10 +74,10 @@ def _incompatible_liger(config: Config, model: Config) -> Iterator[tuple[Config,
         yield dict.fromkeys(_LIGER), f"the Liger kernels are not tested with the model type {kind}"
     for loss in ("chunked_cross_entropy", "cut_cross_entropy", "liger_cross_entropy"):
         if config.get(loss):
-            yield dict.fromkeys(_LIGER[-1:]), f"the config has {loss}"
+            yield {_LIGER_LOSS: None}, f"the config has {loss}"
     trained = [*listed(config, "lora_modules_to_save"), *listed(config, "lora_target_modules")]
     if "lm_head" in trained:
-        yield dict.fromkeys(_LIGER[-1:]), "Liger's loss is not tested with a trained lm_head"
+        yield {_LIGER_LOSS: None}, "Liger's loss is not tested with a trained lm_head"
 
 
 def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, str]]:
