@@ -130,7 +130,7 @@ def _reason(folder: RunDir, record: Run, code: int, stopped: bool) -> str | None
     launch = record.launches[-1]
     resume = f"`recipe resume {folder.quoted}{' --on slurm' if this_job() else ''}` continues it"
     if launch.full_disk:
-        return f"{record.state}, {launch.problem}; free some space, then {resume}"
+        return f"{record.state}, no space left in {launch.full_disk}; free some space, then {resume}"
     if record.state == "interrupted":
         if code == -signal.SIGKILL and not stopped:
             return f"killed by signal 9 (SIGKILL) from outside; memory probably ran out: {_LESS_MEMORY}; {resume}"

@@ -398,5 +398,5 @@ def _is_resumable(folder: RunDir, former_run: Run) -> bool:
     False if the run failed after a resume, unless it ran out of memory or disk space.
     """
     launches = former_run.launches
-    failed_again = former_run.state == "failed" and len(launches) > 1 and not launches[-1].problem
+    failed_again = former_run.state == "failed" and len(launches) > 1 and not launches[-1].lacked_space
     return not failed_again and trust.is_own(folder, former_run) and run.hindrance(folder, former_run) is None

@@ -190,11 +190,9 @@ class Launch(BaseModel):
     error: str | None = None  # why it did not finish, and what to do: the last lines of the message
 
     @property
-    def problem(self) -> str | None:
-        """Lack of memory or disk space, in words; None if the launch did not end for it."""
-        if self.full_disk:
-            return f"no space left in {self.full_disk}"
-        return "out of memory" if self.out_of_memory else None
+    def lacked_space(self) -> bool:
+        """True if the launch ended for lack of memory or disk space."""
+        return self.out_of_memory or self.full_disk is not None
 
 
 GPU_MEMORY = "GPU, reserved"

@@ -54,7 +54,7 @@ def test_a_run_that_fills_its_disk_has_failed_and_goes_on_to_the_same_end(disk, 
     message = f"recipe: {run.path}: failed, no space left in {launch.full_disk}; free some space, then "
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"{message}`recipe resume {run.path}` continues it"
-    assert str(launch.problem) in recipe("--runs", disk, "results", "--json").stdout
+    assert f"no space left in {launch.full_disk}" in recipe("--runs", disk, "results", "--json").stdout
     for room in (40_000, 0):
         fill(disk, room)
         again = recipe("resume", run.path)
