@@ -199,7 +199,7 @@ def _time_out(*_: object) -> None:
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """Yield a list that collects SIGINT, SIGTERM, and the warning of a scheduler, SIGUSR1."""
-    received: list[int] = []
+    received = []
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in signals}
     try:

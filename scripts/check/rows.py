@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orjson
 
@@ -193,7 +193,7 @@ class _Reader:
         self.type = row_type(dataset.entry)
         self.paths = [path for path in datafiles.local_files(dataset.entry) if path.is_file()]
         self.files = [_File(self.key, path) for path in self.paths if path.suffix == ".jsonl"]
-        self.special: re.Pattern[str] | None = None
+        self.special = None
         if special and not isinstance(self.type, Segments):  # the author of segments writes special tokens on purpose
             self.special = re.compile(special)
         self.seen = seen
@@ -223,7 +223,7 @@ class _Reader:
 
     def _check_line(self, file: _File, number: int, line: bytes) -> None:
         try:
-            row: Any = parse_json(line)
+            row = parse_json(line)
         except orjson.JSONDecodeError as error:
             file.count(RowMistake("bad-row", "not JSON in UTF-8"), number, error.msg)
             return

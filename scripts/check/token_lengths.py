@@ -13,7 +13,7 @@ from ..base.terminal import Bar
 from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..config.datafiles import DatasetRef
-from ..config.finding import Faults, Finding, Level
+from ..config.finding import Faults, Finding
 from ..config.substitution import stands_in
 from ..config.training_settings import TrainingSettings
 from ..training.losses import MASKED
@@ -248,7 +248,7 @@ class _TokenizedSet:
         cfg, rows, long = self.tokenizer.cfg, len(self.sizes), self._count_long()
         if not long:
             return
-        level: Level = "warning"
+        level = "warning"
         if cfg.excess_length_strategy == "truncate":
             consequence = "cut"
         elif cfg.excess_length_strategy == "raise":

@@ -43,7 +43,7 @@ class Request:
     @property
     def options(self) -> list[str]:
         """Arguments --profile and --set for a command."""
-        words: list[str] = []
+        words = []
         for profile in self.profiles:
             words += ["--profile", profile]
         for override in self.overrides:

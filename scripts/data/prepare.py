@@ -181,7 +181,7 @@ class _Preparation:
         """Write the files of a split and its subsets; return the manifest entry."""
         data = self.study.data
         split, raw = data.splits[name], self.read[name]
-        rows: Iterable[PlacedRow] = _ordered(self._chosen(name), split.order)
+        rows = _ordered(self._chosen(name), split.order)
         if split.subsets:
             rows = list(rows)
         written = self._write(name, rows)

@@ -165,7 +165,7 @@ class LlamaServer(Server):
     def options(self, i: int) -> dict[str, object]:
         """Implement `Server.options`; the list of samplers leaves out penalties that the server has by default."""
         decoding = self.settings.decoding
-        options: dict[str, object] = {"logprobs": 1, "samplers": ["temperature"], "temperature": 0}
+        options = {"logprobs": 1, "samplers": ["temperature"], "temperature": 0}
         if decoding.do_sample:
             options |= {"samplers": ["temperature", "top_k", "top_p"], "temperature": decoding.temperature}
             options |= {"top_k": decoding.top_k, "top_p": decoding.top_p, "seed": decoding.seed + i}
@@ -295,7 +295,7 @@ class LlamaServer(Server):
 
     async def _forced_rows(self, examples: Sequence[Example]) -> list[list[_Token]]:
         """Answers that the server is forced to give, one at a time in each of its slots, which caches the prompt."""
-        rows: list[list[_Token]] = []
+        rows = []
         async with _root(self.api) as root:
             slots = (await _props(root)).total_slots
             with Bar("forcing reference answers", len(examples)) as bar:
@@ -306,7 +306,7 @@ class LlamaServer(Server):
         return rows
 
     async def _forced_row(self, root: openai.AsyncOpenAI, example: Example, slot: int) -> list[_Token]:
-        tokens: list[_Token] = []
+        tokens = []
         for i, token in enumerate(example.answer[:COMPARED_TOKENS]):
             prompt = [*example.prompt, *example.answer[:i]]
             answer = await self._forced(root, prompt, token, logprobs=MOST_PROBABLE, id_slot=slot)
@@ -337,9 +337,9 @@ def compare(reference: "Reference", examples: Sequence[Example], rows: Sequence[
         rows: tokens of each row's answer by the file; all or the first.
     """
     trained = [float(expected[token.id]) for expected, token in _at_tokens(reference, examples, rows)]
-    merged: list[float] = []
-    served: list[float] = []
-    divergences: list[float] = []
+    merged = []
+    served = []
+    divergences = []
     reference.merge()
     for expected, token in _at_tokens(reference, examples, rows):
         merged.append(float(expected[token.id]))

@@ -243,7 +243,7 @@ class Server(Engine):
     def options(self, i: int) -> dict[str, object]:
         """Options of the request for a prompt, in addition to OpenAI's."""
         decoding = self.settings.decoding
-        options: dict[str, object] = {"stop_token_ids": self.ends, "return_token_ids": True}
+        options = {"stop_token_ids": self.ends, "return_token_ids": True}
         options["repetition_penalty"] = 1.0
         if not decoding.do_sample:
             return options | {"temperature": 0}

@@ -164,7 +164,7 @@ def requested(texts: Iterable[str]) -> dict[str, Column]:
 
 def _declarations(text: str) -> dict[str, Config | None]:
     """Declarations by column name from a value of --metric, at least one."""
-    entries: Any = yamlfiles.parse(text, option=f"--metric {text}")
+    entries = yamlfiles.parse(text, option=f"--metric {text}")
     if isinstance(entries, str):
         if text.startswith(TASK):
             return _of_task(text.removeprefix(TASK))

@@ -227,7 +227,7 @@ def _optimizer(step: Step, model: nn.Module, trained: list[torch.Tensor], record
         fused = "fused" in step.optimizer
         return torch.optim.AdamW(trained, fused=fused, foreach=not fused)
     bits = 8 if "8bit" in step.optimizer else 32
-    optimizer: Any = bnb.optim.AdamW(trained, optim_bits=bits)
+    optimizer = bnb.optim.AdamW(trained, optim_bits=bits)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     pages = "paged" in step.optimizer and step.capability is not None
 
@@ -268,7 +268,7 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
             recorder.add(parameter.grad, "gradients")
-    inputs: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.long)}
+    inputs = {"input_ids": torch.zeros(shape, dtype=torch.long)}
     if step.axolotl:
         inputs |= {"labels": torch.zeros(shape, dtype=torch.long), "num_items_in_batch": torch.tensor(1)}
     else:

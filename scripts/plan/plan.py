@@ -288,7 +288,7 @@ def _can_page_optimizer(config: Config) -> bool:
 
 def _with_qlora(config: Config) -> Config:
     """Settings that switch a config to QLoRA, by default on all linear layers."""
-    changes: Config = {"adapter": "qlora", "load_in_4bit": True}
+    changes = {"adapter": "qlora", "load_in_4bit": True}
     if not TrainingSettings.of(config).targets:
         changes["lora_target_linear"] = True
     if not config.get("lora_r"):

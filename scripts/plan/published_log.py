@@ -108,7 +108,7 @@ class PlannedLog:
             UserError: the step cannot be traced, or transformers refuses the schedule.
         """
         log, memory = self.log, self.step_plan.memory
-        inputs: Config = {"rows": log.rows, **log.settings, "skipped_steps": len(log.skipped_steps)}
+        inputs = {"rows": log.rows, **log.settings, "skipped_steps": len(log.skipped_steps)}
         with importing_axolotl():
             figures = [*self._rates()]
             figures += self._compared("steps", self.steps)

@@ -72,7 +72,7 @@ def _record_of_predictions(study: Study, name: str, scored: Sequence[Row]) -> Re
     predictions = published_predictions.read(study, published, scored[0]["test_set"])
     first = scored[0]
     texts = b"".join(orjson.dumps([row["reference"], row["prediction"]]) + b"\n" for row in predictions)
-    content: Row = {
+    content = {
         "made": datetime.now(UTC).date(),
         "of": name,
         "revision": _revision(collect()),

@@ -91,7 +91,7 @@ def _evaluation_fields(result: RunResult) -> Row:
 def _file_fields(result: RunResult, evaluation: Evaluation) -> Row:
     """JSON fields of the evaluation of a GGUF file."""
     settings = evaluation.settings
-    row: Row = {"rows_evaluated": settings.rows}
+    row = {"rows_evaluated": settings.rows}
     for part in (settings.file, settings.distance):
         row |= part.model_dump() if part else {}
     return row | result.scores_in(evaluation)
@@ -129,7 +129,7 @@ def _groups(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
 def _columns(group: Sequence[RunResult]) -> dict[str, Column]:
     """Metrics of a group's table, by heading: those of the study's tables, and additional metrics."""
     study = group[0].study
-    declared: dict[str, Column] = {}
+    declared = {}
     shown: list[Column] = []
     if study:
         declared = study.columns

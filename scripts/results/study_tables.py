@@ -149,7 +149,7 @@ def _with_published_digits(label: str, score: MetricRow) -> Row:
     if score.value is None or score.value < 1 or score.published is None:
         return {}
     decimals = max(2, -int(score.published.value.as_tuple().exponent))
-    cells: Row = {label: f"{score.value:.{decimals}f}"}
+    cells = {label: f"{score.value:.{decimals}f}"}
     if score.interval:
         cells["95 %"] = f"{score.interval.low:.{decimals}f} to {score.interval.high:.{decimals}f}"
     return cells

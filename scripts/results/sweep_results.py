@@ -340,7 +340,7 @@ def show_best(rows: Sequence[BestRow]) -> None:
 
 def _best_cells(row: BestRow) -> Row:
     """Table cells of the best member of a sweep over a recipe."""
-    cells: Row = {"recipe": row.sweep.recipe, "finished": f"{row.finished} of {len(row.sweep.members)}"}
+    cells = {"recipe": row.sweep.recipe, "finished": f"{row.finished} of {len(row.sweep.members)}"}
     if row.best:
         cells |= _cells(row.best, [])
     return cells

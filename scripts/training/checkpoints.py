@@ -57,7 +57,7 @@ def _missing(folder: Path, ranks: int) -> str | None:
     If optimizer, schedule or random state are missing, the trainer silently starts with new ones. DeepSpeed writes
     `latest` last. FSDP writes `.metadata` last in each folder of shards.
     """
-    needed: list[tuple[str, ...]] = [
+    needed = [
         ("adapter_model.safetensors", "pytorch_model_fsdp_0/.metadata"),
         ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata", "latest"),
         ("scheduler.pt", "latest"),

@@ -139,7 +139,7 @@ class Tokenized(RowType):
 
     def items_of(self, row: Row) -> list[Any]:
         """Items of the first list; none if it is missing or JSON text."""
-        items: Any = row.get(self.required[0])
+        items = row.get(self.required[0])
         return items if isinstance(items, list) else []
 
     def item_mistakes(self, item: Row, required: Collection[str], keys: tuple[str, ...]) -> Iterator[RowMistake]:

@@ -66,7 +66,7 @@ class RunPlugin(BasePlugin):
         trackio takes its project from these arguments alone. Without trackio_static_space_id=False, a push to the
         hub publishes a Space.
         """
-        args: Config = {"use_cpu": not torch.cuda.is_available()}
+        args = {"use_cpu": not torch.cuda.is_available()}
         args["logging_nan_inf_filter"] = False  # the filter logs a NaN loss as 0
         if WORLD_SIZE > 1:
             args["average_tokens_across_devices"] = True
@@ -187,7 +187,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start handling SIGTERM, check the engine, and write the first record."""
         signal.signal(signal.SIGTERM, self._stop)
-        first: Row = self.parameters or {}
+        first = self.parameters or {}
         if self.engine:
             check_engine(self.engine, self.trainer)
             first = first | {"engine": self.engine}
@@ -274,7 +274,7 @@ class RunCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the reason for the end, and the last step, which the trainer does not always log."""
-        ended: Row = {"ended": self._how_it_ended(state, control)}
+        ended = {"ended": self._how_it_ended(state, control)}
         if args.load_best_model_at_end and state.best_model_checkpoint:  # the trainer has loaded it
             ended["kept_step"] = step_of(Path(state.best_model_checkpoint))
         if self.step_seconds:  # the steps since the last log entry

@@ -383,7 +383,7 @@ def _placeholders(dataset: Config) -> Row:
         return {kind.messages: [question, {kind.role: roles["assistant"][0], kind.content: ANSWER}]}
     if not kind.reference or len(kind.required) == 1:  # completion has no prompt
         return {}
-    first: Row = {}
+    first = {}
     for file in datafiles.jsonl_files(dataset)[:1]:
         with file.open("rb") as lines:
             first = next(islice(json_rows(lines, file, ()), 1), {})

@@ -147,7 +147,7 @@ def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, quick: bo
     from ..config.finding import override_errors
     from ..plan import plan
 
-    reports: list[Report] = []
+    reports = []
     with Bar("checking", len(requests)) as bar:
         for request in requests:
             reports.append(check.check_request(request, gpu, data))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..base import tables
-from ..base.files import Row, write_rows
+from ..base.files import write_rows
 from ..base.terminal import Bar, say
 from .help import Verb, name_of, suggest
 from .options import (
@@ -162,15 +162,15 @@ def score_verb(
 def print_scores(models: "dict[str, Scores]", json: bool, title: str | None = None) -> None:
     """Print the scores of some models side by side, with intervals and notes; as JSON, without names for one model."""
     records = {model: scores.flat() for model, scores in models.items()}
-    columns: dict[str, Row] = {}
-    notes: list[str] = []
+    columns = {}
+    notes = []
     for model, flat in records.items():
         columns[model] = {name: value for name, value in flat.items() if isinstance(value, int | float | None)}
         columns[f"{model}, 95 %"] = flat["intervals"]
         notes += [f"{model}: {note}" for note in _notes(models[model])]
     first = next(iter(records))
     titles = models[first].titles
-    rows: list[Row] = []
+    rows = []
     for name in columns[first]:
         rows.append(
             {"score": titles.get(name, name)} | {column: values.get(name) for column, values in columns.items()}

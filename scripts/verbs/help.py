@@ -100,7 +100,7 @@ def suggest_evaluation(folder: "RunDir", on: str) -> None:
     from ..evaluate import evaluation_rows
 
     run, cfg = folder.read(), folder.config
-    words: list[str | Path] = ["report", name_of(folder)]
+    words = ["report", name_of(folder)]
     with suppress(UserError):
         evaluation_rows.require_reference(folder, cfg, evaluation_rows.default_source(run, cfg))
         words = ["evaluate", name_of(folder), *([] if on == "local" else ["--on", on])]

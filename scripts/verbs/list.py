@@ -91,7 +91,7 @@ def _row(name: str, file: Path, studies: dict[str, yamlfiles.Config]) -> Row:
     if paths.VARIANTS in file.parents:
         origin, variant_of = str(merging.origin_of(name, file)), merging.parent_of(name, file)
     study = paths.study_name(origin)
-    row: Row = {
+    row = {
         "recipe": name,
         "study": study if study in studies else None,
         "base_model": recipe.get("base_model"),
@@ -106,7 +106,7 @@ def _published(recipe: str, study: yamlfiles.Config) -> Row:
     """A recipe's published score for each metric that the study declares."""
     published = _mapping(_mapping(study.get("published")).get(recipe))
     scores = _mapping(published.get("scores"))
-    row: Row = {}
+    row = {}
     for metric in _mapping(study.get("metrics")):
         score = scores.get(metric)
         row[f"published_{metric}"] = score.get("value") if isinstance(score, dict) else score

@@ -107,7 +107,7 @@ def _print_plan(planned: "Plan") -> None:
 def _parameters(planned: "Plan") -> list[Row]:
     """Rows of parameter counts by kind of layer."""
     counts = planned.parameters | {"all": {"frozen": planned.frozen, "trainable": planned.trainable}}
-    rows: list[Row] = []
+    rows = []
     for layer, count in counts.items():
         rows.append({"parameters": layer} | {kind: f"{number:,}" for kind, number in count.items()})
     return rows
@@ -181,7 +181,7 @@ def _print_log(log: "ComparedLog") -> None:
 
 def _log_row(figure: "Compared") -> Row:
     """Row of a published figure beside the planned one."""
-    row: Row = {"figure": figure.figure, "planned": None, "published": f"{figure.published:,}"}
+    row = {"figure": figure.figure, "planned": None, "published": f"{figure.published:,}"}
     if figure.planned is not None:
         row |= {"planned": f"{figure.planned:,}", "difference": f"{figure.planned - figure.published:+,}"}
     if figure.equal:

@@ -148,7 +148,7 @@ def report_verb(
             case [Sweep() as sweep]:
                 html = report.sweep_page(sweep, paths.runs()).html()
             case _:
-                folders: dict[Path, RunDir] = {}
+                folders = {}
                 for thing in things:
                     if not isinstance(thing, RunDir):
                         raise UserError(f"{' '.join(names)}: a report shows runs, one study or one sweep")

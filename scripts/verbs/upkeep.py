@@ -33,7 +33,7 @@ def render_verb(
     """Regenerate the recipes from their templates."""
     from ..writing import render
 
-    drifts: list[str] = []
+    drifts = []
     for recipes, templates in paths.homes():
         with Bar(f"rendering {paths.shown(templates)}"):
             rendered = render.rendered(templates)
