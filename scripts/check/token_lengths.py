@@ -282,7 +282,7 @@ def _numbered(tokenizer: Tokenizer, dataset: DatasetRef) -> Iterator[tuple[Place
     files = datafiles.jsonl_files(dataset.entry)
     if not files and any(file.is_file() for file in datafiles.local_files(dataset.entry)):
         for number, row in enumerate(tokenizer.load(dataset), start=1):
-            yield (dataset.entry["path"], number), row
+            yield (dataset.path, number), row
         return
     lines = chain.from_iterable(map(lines_of, files))
     kind = row_type(dataset.entry)

@@ -363,7 +363,7 @@ def training_rows(config: Config) -> int | None:
     """Number of training rows; None if there are none, or unless each data set is a JSONL file of complete rows."""
     rows = 0
     for dataset in training_sets(config):
-        if jsonl(dataset.entry) is None or dataset.entry.get("type") == "completion":  # which Axolotl splits
+        if jsonl(dataset.entry) is None or dataset.type_name == "completion":  # which Axolotl splits
             return None
         rows += count_jsonl(dataset.entry)
     if rows == 0:

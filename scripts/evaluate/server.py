@@ -243,8 +243,7 @@ class Server(Engine):
     def options(self, i: int) -> dict[str, object]:
         """Options of the request for a prompt, in addition to OpenAI's."""
         decoding = self.settings.decoding
-        options = {"stop_token_ids": self.ends, "return_token_ids": True}
-        options["repetition_penalty"] = 1.0
+        options = {"stop_token_ids": self.ends, "return_token_ids": True, "repetition_penalty": 1.0}
         if not decoding.do_sample:
             return options | {"temperature": 0}
         # vLLM takes missing values from the model's generation config; -1 is all tokens, also in old versions

@@ -160,7 +160,7 @@ def for_model(base: str, name: str) -> Changes:
     Raises:
         UserError: the folder does not exist, or the recipe has this model already.
     """
-    recipe = yamlfiles.read_yaml(paths.find_recipe(base)[1])
+    recipe = merging.recipe_content(base)
     if not Path(name).is_dir() and (models.is_path(name) or not hub.NAME.fullmatch(name)):
         hint = f"give a folder, or a model on the hub as owner/name{models.similar(name)}"
         raise UserError(f"--model {name}: no such folder; {hint}")
