@@ -72,6 +72,11 @@ def require_plain(*names: object) -> None:
             raise UserError("a control character in this name", key=repr(name), remedy="rename it")
 
 
+def one_line(error: Exception) -> str:
+    """Message of another library's error on one line; the error's type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint with the nearest choices; empty if no choice is near."""
     names = {choice.lower(): choice for choice in choices}

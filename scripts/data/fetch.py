@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 import orjson
 import requests
 
-from ..base.errors import UserError, WorkFailed
+from ..base.errors import UserError, WorkFailed, one_line
 from ..base.files import Row, naming, read_json, sha256, write_json
 from ..base.processes import held
 from ..base.secrets import without_secrets
@@ -366,7 +366,7 @@ def _hub_errors(repository: str) -> Iterator[None]:
     try:
         yield
     except (*absent, *unreached, DatasetsError, ValueError) as error:  # ValueError: an unknown split or configuration
-        problem = " ".join(str(error).split()) or type(error).__name__
+        problem = one_line(error)
         if isinstance(error, unreached) and not isinstance(error, absent):
             raise WorkFailed(f"{repository}: the hub cannot be reached: {problem}") from None
         raise UserError(problem, key=repository) from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base import hub
-from ..base.errors import UserError, WorkFailed
+from ..base.errors import UserError, WorkFailed, one_line
 from ..base.files import opened, read_json, sha256, tensor_shapes, write_atomically
 from ..base.processes import make_once, start_child
 from ..base.terminal import Bar, say
@@ -252,7 +252,7 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
         if getattr(response, "status_code", None) in (401, 403):
             remedy = "give a token with access by `hf auth login` or HF_TOKEN"
             raise UserError(f"no write access to {repository}", key="--push", remedy=remedy) from None
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise WorkFailed(
             f"{repository}: not pushed: {reason}\n{model / CARD} is written; repeat the command to push"
         ) from None
