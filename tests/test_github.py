@@ -51,9 +51,31 @@ def test_make_lint_finds_a_mistake(file, right, wrong, tmp_path):
 
 
 @pytest.mark.parametrize("workflow", ["ci.yml", "verify.yml"])
-def test_actions_have_versions(workflow):
-    actions = [step["uses"] for step in steps(workflow) if "uses" in step]
-    assert [action for action in actions if not re.fullmatch(r"[\w-]+/[\w-]+@v\d+(\.\d+\.\d+)?", action)] == []
+def test_actions_are_pinned_and_leave_no_credentials(workflow):
+    lines = re.findall(r"uses: (.*)", (ROOT / WORKFLOWS / workflow).read_text())
+    assert [line for line in lines if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)] == []
+    checkouts = [step for step in steps(workflow) if "actions/checkout" in step.get("uses", "")]
+    assert [step["with"] for step in checkouts] == [{"persist-credentials": False}]
+
+
+def test_code_of_a_pull_request_does_not_run_as_root():
+    names = [step.get("name", "") for step in steps("ci.yml")]
+    given_up = names.index("Give up root before code of a pull request runs")
+    commands = {step.get("name", ""): step.get("run", "") for step in steps("ci.yml")}
+    of_checkout = [i for i, name in enumerate(names) if re.search(r"make |\.ci/|\.venv/", commands[name])]
+    assert min(of_checkout) > given_up
+    rooted = [step for step in steps("ci.yml")[given_up + 1 :] if "sudo" in step.get("run", "")]
+    assert [step["if"] for step in rooted] == ["github.event_name == 'push'"]
+
+
+def test_inputs_do_not_become_commands():
+    text = (ROOT / WORKFLOWS / "verify.yml").read_text()
+    assert [step["run"] for step in steps("verify.yml") if "${{" in step.get("run", "")] == []
+    (script,) = [step["run"] for step in steps("verify.yml") if step.get("name") == "Set up"]
+    check = script.splitlines()[0]
+    assert "CUDA_OF_TORCH: ${{ inputs.cuda }}" in text
+    for cuda, code in {"": 0, "12.6": 0, "12.6; x": 1, "$(touch x)": 1, "1.2\n3": 1, "'": 1}.items():
+        assert subprocess.run(["bash", "-ec", check], env={"CUDA_OF_TORCH": cuda}).returncode == code
 
 
 @pytest.mark.parametrize("workflow", ["ci.yml", "verify.yml"])
@@ -62,7 +84,7 @@ def test_commands_of_a_workflow_pass_shellcheck_and_call_targets_that_exist(work
         script = re.sub(r"\$\{\{.*?\}\}", "value", step.get("run", ""))
         command = [TOOLS / "shellcheck", "--shell=bash", "-"]
         assert subprocess.run(command, input=script, capture_output=True, text=True).stdout == ""
-        for target in re.findall(r"\bmake ([a-z-]+)", script):
+        for target in re.findall(r"\bmake (?:UV=\S+ )?([a-z-]+)", script):
             assert f"\n{target}:" in MAKEFILE
 
 

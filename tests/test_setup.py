@@ -56,6 +56,18 @@ def packages(lock: str) -> dict[str, str]:
     return {entry.split(" ", 1)[0]: entry for entry in entries if entry}
 
 
+def test_uv_is_installed_by_version_and_hash(checkout):
+    ((name, entry),) = packages((ROOT / "requirements-uv.lock").read_text()).items()
+    assert re.fullmatch(r"uv==\d+\.\d+\.\d+", name)
+    assert entry.count("--hash=sha256:") > 9
+    (checkout / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$*\" >> uv.log\n")
+    (checkout / "python").chmod(0o755)
+    assert setup(checkout, "PYTHON=./python", target=".uv/bin/uv") == [
+        "-m pip install --quiet --disable-pip-version-check --target .uv --require-hashes --no-deps --requirement "
+        "requirements-uv.lock"
+    ]
+
+
 def test_another_cuda_is_installed_and_remembered_until_one_goes_back(checkout):
     assert setup(checkout, CUDA="/usr/local/cuda") == OF_LOCK  # a variable of the environment, as some clusters set
     assert setup(checkout) == []
