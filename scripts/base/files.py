@@ -57,7 +57,12 @@ def _locked_part(file: Path) -> Iterator[Path]:
     """Temporary file beside a file, locked so that `_remove_abandoned` of other processes leaves it."""
     while True:
         part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")  # containers can share folders and pids
-        with part.open("xb") as lock:
+        try:
+            stream = part.open("xb")
+        except OSError as error:
+            error.filename = str(file)  # which the user knows
+            raise
+        with stream as lock:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if os.fstat(lock.fileno()).st_nlink:  # else another process has removed it before it was locked

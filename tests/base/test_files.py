@@ -138,3 +138,10 @@ def test_json_of_a_usual_depth_is_read():
     text = b"[" * 100 + b"]" * 100
     assert files.parse_json(text) == orjson.loads(text)
     assert files.parse_json(b"\xef\xbb\xbf[]") == []
+
+
+def test_a_file_that_cannot_be_written_is_named_without_its_temporary_file(tmp_path):
+    file = tmp_path / ("x" * 250)  # the temporary file's name is too long
+    with pytest.raises(OSError, match="File name too long") as refused:
+        files.write_atomically(file, "")
+    assert refused.value.filename == str(file)
