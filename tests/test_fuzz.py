@@ -1,6 +1,8 @@
-"""A file that a user, another program or a failing disk has changed ends a command with a message, not a traceback.
+"""A file or answer that somebody else has changed ends a command with a message, and does no harm.
 
-Each case changes one thing in the structure of a real file, or cuts the file off. For a longer search:
+Each case changes one thing in the structure of a real file or answer, or cuts it off. No command takes long, ends in a
+traceback, writes elsewhere, starts a program that a file names, or asks a host that the user did not name. For a longer
+search:
 FUZZ_CASES=9000 FUZZ_SEED=7 .venv/bin/pytest tests/test_fuzz.py -m long
 """
 
@@ -8,9 +10,13 @@ import json
 import math
 import os
 import random
+import re
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,26 +25,45 @@ import pytest
 import recorded_runs
 import small_study
 import torch
-from conftest import config_with
-from run_folders import ADAPTER
+from a_card import CARD
+from a_server import Reply
+from conftest import Recipe, config_with
+from fake_llama import FakeLlama, serving_llama
+from run_folders import ADAPTER, a_tiny_run
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
+from watch import STARTS, elsewhere, hosts_of, watching
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.config.datafiles import DataFile
+from qlora_recipes.evaluate import llama as llamas
+from qlora_recipes.evaluate import server as servers
 from qlora_recipes.evaluate.scores_file import read_scores
 from qlora_recipes.run import launch
 from qlora_recipes.run.rundir import RunDir
 
-CASES = int(os.environ.get("FUZZ_CASES", "250"))  # a number, because a time would test more on a fast machine
+CASES = int(os.environ.get("FUZZ_CASES", "350"))  # a number, because a time would test more on a fast machine
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 MOST = 10  # seconds of the processor that one command may take
+PLANTED = "planted.txt"
+"""A file beside the working folder, which no command may change."""
+PROGRAMS = {"false", "git", "nvidia-smi", "sacct", "squeue", "uname", Path(sys.executable).name}
+"""Programs that commands start; `false` stands for Axolotl."""
 
 DEEP = "a deep list"  # json.dumps would refuse one
 ODD: list[Any] = [
     *(None, True, 0, -1, 7, 1.5, 2**62, 10**30, 1e-300, 1e308, math.nan, math.inf, DEEP),
     *("", "x" * 2000, "\0", "\ud800", "a b/c: {}", "../../x", "2026-01-01T00:00:00", "haider2024/none", "none"),
     *([], {}, [[]], [None], ["a", 1], {"a": None}, {"": []}),
+    *(f"../{PLANTED}", "/no-such-folder/x", "http://127.0.0.1:9/x", "HTTPS://evil.example/x"),
+    *(
+        "$(touch PWNED)",
+        "a\n#b",
+        "((\\w|\\.)+)+X",
+        "{{ ''.__class__ }}",
+        "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3,
+    ),
 ]
 
 
@@ -93,10 +118,39 @@ def changed(file: Path, content: bytes, chance: random.Random) -> bytes:
         return restructured(text, chance).encode()
     if file.suffix == ".yaml":  # of which JSON is a part
         return restructured(json.dumps(yamlfiles.parse(text, "")), chance).encode()
+    if file.suffix == ".md":
+        return changed_card(text, chance).encode(errors="replace")
     lines = text.splitlines()
     at = chance.randrange(len(lines))
     lines[at] = restructured(lines[at], chance)
     return "".join(f"{line}\n" for line in lines).encode()
+
+
+def changed_card(text: str, chance: random.Random) -> str:
+    """A model card with a change in its config, or with another text for a word around it."""
+    head, fence, rest = text.partition("```yaml\n")
+    yaml, end, tail = rest.partition("```")
+    if chance.random() < 0.5:
+        yaml = restructured(json.dumps(yamlfiles.parse(yaml, "")), chance) + "\n"
+        return head + fence + yaml + end + tail
+    words = re.split(r"(\s)", text)
+    odd = ["1.5}, a: {b", "9" * 5000, "1e999", "`", "|", *map(str, ODD)]
+    words[chance.randrange(0, len(words), 2)] = chance.choice(odd)
+    return "".join(words)
+
+
+def odd_reply(reply: Reply, chance: random.Random) -> Reply:
+    """An answer of a server with a change of its structure, or cut off, or one that leads to another host."""
+    assert reply
+    text = json.dumps(reply[1])
+    match chance.randrange(8):
+        case 0:
+            return None
+        case 1:
+            return chance.choice([204, 302, 401, 404, 429, 500]), reply[1]
+        case 2:
+            return reply[0], text[: chance.randrange(len(text) + 1)].encode()
+    return reply[0], restructured(text, chance).encode(errors="replace")
 
 
 Target = tuple[list[Path], list[str]]  # files to change, and commands that read them
@@ -164,12 +218,46 @@ def config(place: Path) -> Target:
     return [config, config, config, profile], lines
 
 
-TARGETS: list[Callable[[Path], Target]] = [run_folder, config]
+def card(place: Path) -> Target:
+    file = place / "README.md"
+    file.write_text(CARD.replace("deepspeed: deepspeed_configs/zero2.json\n", ""))
+    (place / "rows.jsonl").write_text('{"instruction": "Add.", "input": "1 + 1", "output": "2"}\n' * 60)
+    lines = ["new other --from README.md", "study new theirs --from README.md", "show README.md"]
+    return [file], [*lines, "check README.md --quick", "diff README.md haider2024/code-llama-7b"]
+
+
+TARGETS: list[Callable[[Path], Target]] = [run_folder, config, card]
+
+
+@pytest.fixture
+def planted(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A file beside the working folder, which has to stay as it is."""
+    file = tmp_path.parent / PLANTED
+    file.write_text("{{ messages }}")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))  # else below /tmp
+    yield
+    assert file.read_text() == "{{ messages }}"
+
+
+def run_watched(recipe: Recipe, place: Path, line: str, server: str = "") -> "subprocess.CompletedProcess[str]":
+    """Run a command, and check how it ends and what it does to other folders, programs and hosts."""
+    began = time.process_time()
+    with watching() as events:
+        done = recipe(*line.split())
+    seconds = time.process_time() - began
+    assert done.returncode in (0, 1, 2)
+    assert done.returncode == 0 or done.stderr.strip()
+    assert "Traceback" not in done.stderr
+    assert seconds < MOST
+    folders = (place, Path(os.environ["XDG_CACHE_HOME"]), Path(os.environ["XDG_DATA_HOME"]))
+    assert [event for event in elsewhere(events, *folders) if event[1] not in hosts_of(server)] == []
+    assert {Path(program).name for event, program in events if event in STARTS} <= PROGRAMS
+    return done
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_changed_file_never_ends_in_a_traceback(tmp_path, monkeypatch, recipe, target):
+def test_a_changed_file_never_ends_in_a_traceback(tmp_path, monkeypatch, recipe, planted, target):
     recorded_runs.study_here(monkeypatch, tmp_path)
     files, commands = target(tmp_path)
     contents = {file: file.read_bytes() for file in files}
@@ -178,10 +266,11 @@ def test_a_changed_file_never_ends_in_a_traceback(tmp_path, monkeypatch, recipe,
     def restore() -> None:
         for file, content in contents.items():
             file.write_bytes(content)
-        shutil.rmtree(tmp_path / "variants", ignore_errors=True)
+        for folder in ("variants", "recipes/theirs", "templates/theirs"):
+            shutil.rmtree(tmp_path / folder, ignore_errors=True)
 
     for line in commands:  # which also imports what they need, so that it is not counted below
-        done = recipe(*line.split())
+        done = run_watched(recipe, tmp_path, line)
         code, named_text = REFUSED.get(line, (0, ""))
         assert done.returncode == code, (line, done.stderr)
         assert named_text in done.stdout + done.stderr
@@ -192,13 +281,52 @@ def test_a_changed_file_never_ends_in_a_traceback(tmp_path, monkeypatch, recipe,
         file.write_bytes(changed(file, contents[file], chance))
         copy = tmp_path / f"found-{file.name}"
         shutil.copy(file, copy)
-        began = time.process_time()
         try:
-            done = recipe(*line.split())
+            run_watched(recipe, tmp_path, line)
         except BaseException as error:
             error.add_note(f"`recipe {line}` with {file} as in {copy}")
             raise
-        assert done.returncode in (0, 1, 2), (line, copy)
-        assert done.returncode == 0 or done.stderr.strip(), (line, copy)
-        assert time.process_time() - began < MOST, (line, copy)
         restore()
+
+
+@pytest.fixture
+def llama_run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
+    """A run of the tiny Llama with an adapter, which changes nothing."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    run = a_tiny_run(tmp_path, tiny, tiny_profile, sample)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(run.output)
+    return run
+
+
+@pytest.mark.long
+def test_a_changed_answer_of_a_server_never_ends_in_a_traceback(tmp_path, recipe, llama_run, planted, monkeypatch):
+    monkeypatch.setattr(servers, "RETRIES", 0)
+    monkeypatch.setattr(llamas, "RETRIES", 0)
+    tokenizer = AutoTokenizer.from_pretrained(llama_run.output)
+    end = tokenizer.eos_token_id
+    llama = FakeLlama(tokenizer, {end}, answer=[7, 8, end], context=4096)
+    chance = random.Random(SEED)
+    codes: Counter[int] = Counter()
+    with serving_llama(llama) as server:
+        models, props = server.models, server.others["/props"]
+        line = f"evaluate run --adapter run/output --engine {server.url} --model m --limit 3 --metric bertscore:none"
+        line += " --max-new-tokens 8"
+        assert run_watched(recipe, tmp_path, line, server.url).returncode == 0
+        posts = len(server.requests)
+        for _ in range(CASES):
+            shutil.rmtree(llama_run.path / "evaluations", ignore_errors=True)
+            server.requests.clear()
+            number = chance.randrange(-2, posts)  # of the answer to change: -2 lists models, -1 has properties
+            server.models = odd_reply(models, chance) if number == -2 else models
+            server.others["/props"] = odd_reply(props, chance) if number == -1 else props
+
+            def reply(body: dict[str, Any], number: int = number) -> Reply:
+                answer = llama.reply(body)
+                return odd_reply(answer, chance) if len(server.requests) - 1 == number else answer
+
+            server.reply = reply
+            codes[run_watched(recipe, tmp_path, line, server.url).returncode] += 1
+    assert codes.keys() == {0, 1, 2}
