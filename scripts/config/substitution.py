@@ -143,7 +143,7 @@ class _Rehearsal:
         settings = self.config.get("bnb_config_kwargs") or {}
         if not (self.config.get("load_in_4bit") and quantized(self.config) and isinstance(settings, dict)):
             return
-        if f"bnb_config_kwargs.{key}" not in self.user_settings and settings.get(key) != "uint8":
+        if f"bnb_config_kwargs.{key}" not in self.user_settings:
             yield {"bnb_config_kwargs": settings | {key: "uint8"}}, "bytes, which casts to a CPU's dtype keep"
 
     def trackers(self) -> Iterator[tuple[Config, str]]:
