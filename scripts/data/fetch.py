@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from urllib.parse import urljoin, urlsplit
 
 import orjson
 import requests
@@ -285,6 +286,22 @@ def download(url: str, part: Path, most: int) -> None:
     raise WorkFailed(f"{url}: {problem}")
 
 
+class _Session(requests.Session):
+    """Session that leaves a server only for one with a certificate, so for no service of this machine or network."""
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Return the address of a redirect, if any.
+
+        Raises:
+            UserError: the address is neither https nor on the same server.
+        """
+        target = super().get_redirect_target(resp)
+        address = urlsplit(urljoin(resp.url, target))
+        if address.scheme != "https" and address[:2] != urlsplit(resp.url)[:2]:
+            raise UserError(f"the server redirects to {target}, which is not https", key=resp.url)
+        return target
+
+
 def _receive(url: str, part: Path, most: int, bar: Bar) -> str:
     """Append a server's response to a file; return the problem, or "" on success.
 
@@ -293,7 +310,7 @@ def _receive(url: str, part: Path, most: int, bar: Bar) -> str:
     partial = _partial(part, url)
     if partial.is_complete:
         return ""
-    with requests.get(url, headers=partial.headers, stream=True, timeout=TIMEOUT) as response:
+    with _Session() as session, session.get(url, headers=partial.headers, stream=True, timeout=TIMEOUT) as response:
         if partial.is_outdated(response):
             part.unlink(missing_ok=True)
             return "the file on the server has changed"

@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 import pytest
+import requests
 from file_server import Server, data_of, fetch_all, serving
 
 from qlora_recipes.base.errors import UserError, WorkFailed
@@ -321,8 +322,9 @@ MALFORMED = [
     (f"HTTP/1.1 200 OK\r\nContent-Length: {10**30}\r\n\r\n0123456789", "malformed"),
     ("HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", "InvalidHeader|Content-Length"),
     ("HTTP/1.1 302 Found\r\nLocation: http://[::1\r\nContent-Length: 0\r\n\r\n", "malformed"),
-    ("HTTP/1.1 302 Found\r\nLocation: http://" + "a" * 70 + ".org/\r\n\r\n", "malformed|InvalidURL"),
-    ("HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n", "InvalidSchema"),
+    ("HTTP/1.1 302 Found\r\nLocation: http://" + "a" * 70 + ".org/\r\n\r\n", "malformed|not https"),
+    *((f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n", f"to {target}, which is not https")
+      for target in ("file:///etc/passwd", "http://127.0.0.1:9/", "HTTP://169.254.169.254/latest/", "//127.0.0.2/a")),
     ("HTTP/1.1 204 No Content\r\n\r\n", "204 No Content"),
     ("HTTP/1.1 205 Reset Content\r\nContent-Length: 0\r\n\r\n", "205 Reset Content"),
 ]  # fmt: skip
@@ -336,6 +338,13 @@ def test_a_malformed_answer_is_refused_at_once(tmp_path, monkeypatch, answer, sa
         fetch_all(data_of({"a.jsonl": {"url": url}}), tmp_path)
     assert len(asked) == 1
     assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize("target", ["/b", "?b", "//a.org/b", "https://cdn.org/b", "HTTPS://cdn.org/b"])
+def test_a_redirect_stays_on_the_server_or_leads_to_https(target):
+    response = requests.Response()
+    response.url, response.status_code, response.headers["Location"] = "http://a.org/a", 302, target
+    assert fetching._Session().get_redirect_target(response) == target
 
 
 @pytest.mark.parametrize(
