@@ -65,6 +65,13 @@ class Score(_Strict):
     interval: tuple[float, float] | None = None
 
 
+class Invalidation(_Strict):
+    """Commit that proves a record wrong, and the reason, in words."""
+
+    commit: Annotated[str, Field(pattern="^[0-9a-f]{7,40}$")]
+    reason: Annotated[str, Field(pattern="^[A-Za-z]{1,20}[,.]?( [A-Za-z]{1,20}[,.]?){0,39}$")]
+
+
 class Record(_Strict):
     """Scores of published predictions, of a published adapter, or of a training run.
 
@@ -73,7 +80,7 @@ class Record(_Strict):
         of: the study's recipe or baseline.
         revision: the project's commit, with + for uncommitted changes; None outside a checkout.
         scores: scores by metric name in study.yaml, on the same test set as the published scores.
-        invalidated: the commit that proves the record wrong, and the reason. No other field may change later.
+        invalidated: proof that the record is wrong. No other field may change later.
         texts_sha256: hash of references and published predictions as JSON lines; `rows` counts them.
         settings_sha256: hash of the recipe's settings, see `settings_sha256`; like all fields below, only of a run.
         config_sha256: hash of the run's config and data, as in run.json.
@@ -89,7 +96,7 @@ class Record(_Strict):
     of: str
     revision: str | None = Field(pattern=r"^[0-9a-f]{40}\+?$")
     scores: dict[str, Score]
-    invalidated: str | None = Field(default=None, pattern=r"^by [0-9a-f]{7,40}, because( [A-Za-z]{1,20}[,.]?){1,40}$")
+    invalidated: Invalidation | None = None
     stage: Literal["predictions", "adapter", "training"]
     rows: int | None = Field(default=None, ge=1)
     texts_sha256: Sha256 | None = None
@@ -129,7 +136,7 @@ class Record(_Strict):
     def defect(self) -> str | None:
         """Reason not to count the record; None for a valid record of a finished run."""
         if self.invalidated:
-            return f"a record is invalidated {self.invalidated}"
+            return f"a record is invalidated by {self.invalidated.commit}, because {self.invalidated.reason}"
         if self.is_outdated:
             return f"recipe changed since: {self.where}"
         if self.outcome != "finished":

@@ -77,8 +77,9 @@ def test_the_status_of_a_published_number_is_the_furthest_stage_with_a_valid_rec
     assert status_of(PLAIN).published == "67.4 ± 1.0"
     assert status_of(PLAIN).here == "67.5"
     assert status_of(WIDE).status == "not run"
+    invalidated = {"commit": "abcdef1", "reason": "wrong"}
     for file in (failed, first):
-        file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | {"invalidated": "by abcdef1, because wrong"}))
+        file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | {"invalidated": invalidated}))
     assert status_of(PLAIN).here == "68 (67.5 to 68.5)"
     assert status_of(PLAIN).status.split("; ")[1:] == ["a record is invalidated by abcdef1, because wrong"] * 2
     assert len(score_records.shipped_records(small_study.read())) == 4
@@ -168,8 +169,8 @@ MISTAKES = [
     ({"scores": {"bleu4": {"value": 1.0}}}, "scores: bleu4 is not a metric of the study"),
     ({"config_sha256": "hf_abc"}, "config_sha256: String should match pattern '^[0-9a-f]{64}$'"),
     (
-        {"invalidated": "by abcdef1, because hf_abcdefghijklmnopqrstuvwx12"},
-        "invalidated: String should match pattern '^by [0-9a-f]{7,40}, because( [A-Za-z]{1,20}[,.]?){1,40}$'",
+        {"invalidated": {"commit": "abcdef1", "reason": "hf_abcdefghijklmnopqrstuvwx12"}},
+        "invalidated: reason: String should match pattern '^[A-Za-z]{1,20}[,.]?( [A-Za-z]{1,20}[,.]?){0,39}$'",
     ),
     (
         {"packages": {"torch": "2+0123456789abcdef0123456789abcdef01234567"}},
