@@ -40,7 +40,7 @@ metrics:
   accuracy: {metric: exact_match, label: accuracy}
 published:
   capitals/first: {scores: {accuracy: {value: 75.0, spread: 5.0}}}
-open_settings: [seed]
+unreported: [seed]
 differences: [The authors counted answers by hand.]
 """
 
@@ -135,7 +135,7 @@ def test_a_study_says_what_it_lacks(recipe, tmp_path):
     recipe.ok("render")
     study.write_text(
         STUDY.replace("capitals/first", "capitals/frist")
-        .replace("open_settings: [seed]", "open_settings: [learning_rte]")
+        .replace("unreported: [seed]", "unreported: [learning_rte]")
         .replace("country ~", "contry ~")
         .replace("key: capitals", "key: cities")
     )
@@ -144,7 +144,7 @@ def test_a_study_says_what_it_lacks(recipe, tmp_path):
     sample = tmp_path / "recipes" / "capitals" / "sample"
     assert [line for line in checked.stdout.splitlines() if ": note: " not in line] == [
         f"{place}:23: error: published.capitals/frist: capitals/frist is unknown; did you mean capitals/first?",
-        f"{place}:24: error: open_settings.0: learning_rte is unknown; did you mean learning_rate?",
+        f"{place}:24: error: unreported.0: learning_rte is unknown; did you mean learning_rate?",
         f'{place}:18: error: data.sample: rows cannot be prepared: {sample}/learn.csv:2: question ("What is the '
         """capital of " ~ contry ~ "?"): 'contry' is undefined; the row's fields: country, capital""",
         f"{place}:22: warning: published: capitals/first is missing; add `capitals/first: {{}}` here or under variants",

@@ -188,6 +188,7 @@ class Published(Strict):
         curve: CSV file beside study.yaml with the columns step and train_loss.
         adapter: folder of the adapter that the authors trained; its files are declared in the data's `sources`.
         adapter_format: format of the adapter if PEFT did not save it.
+        unreported: settings that the authors report only for other recipes.
         note: remark that `recipe reproduce --dry-run` prints, such as the time on hardware that it does not plan.
     """
 
@@ -200,6 +201,7 @@ class Published(Strict):
     predictions: PublishedPredictions | None = None
     adapter: FilePath | None = None
     adapter_format: AdapterFormat | None = None
+    unreported: list[str] = Field(default=[])
     note: Text | None = None
 
     def mistakes(self, at: Key, metrics: list[str], data: Data, folder: Path) -> Iterator[Mistake]:

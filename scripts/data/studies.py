@@ -48,7 +48,8 @@ class Study(Strict):
         decodings: further decoding configurations by name; their scores appear beside the default's.
         metrics: declarations of the metrics by name, see `columns`.
         variants: recipes that the authors did not publish.
-        comment_prefixes: words at the beginning of a recipe's comment that mark a setting stated by the authors.
+        reported: settings that the authors report, at least for one recipe; top-level keys of Axolotl.
+        unreported: settings that they leave open in some or all recipes; the likeliest cause of another score first.
         tolerances: acceptable differences from published scores by metric; `train_loss` for a curve.
         differences: descriptions of differences between Axolotl and the authors' code.
         shown: metrics with a column in tables; by default all.
@@ -64,8 +65,8 @@ class Study(Strict):
     metrics: dict[str, Config | None] = Field(min_length=1)
     published: dict[str, Published] = Field(min_length=1)
     variants: dict[str, Variant] = Field(default={})
-    comment_prefixes: list[str] = Field(default=["paper"])
-    open_settings: list[str] = Field(default=[])
+    reported: list[str] = Field(default=[])
+    unreported: list[str] = Field(default=[])
     tolerances: dict[str, float] = Field(default={})
     baselines: list[Baseline] = Field(default=[])
     differences: list[str] = Field(default=[])
@@ -147,11 +148,9 @@ class Study(Strict):
                 return cell
         return None
 
-    def stated_settings(self, recipe: str) -> set[str]:
-        """Top-level keys of a shipped recipe whose comment begins with one of `comment_prefixes`."""
-        prefixes = tuple(self.comment_prefixes)
-        comments = yamlfiles.sources(paths.recipe_file(recipe))
-        return {key for key, comment in comments.items() if comment.startswith(prefixes)}
+    def reported_settings(self, recipe: str) -> set[str]:
+        """Settings that the authors report for a published recipe."""
+        return {*self.reported} - {*self.published[recipe].unreported}
 
     def reproduced(self, recipe: str) -> str:
         """Published recipe that a variant reproduces; other recipes are returned unchanged."""

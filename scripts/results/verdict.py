@@ -203,9 +203,9 @@ def _row(study: Study, recipe: str, rehearsal: bool, results: list[RunResult]) -
     if rehearsal or not results:
         return row
     chosen = results[0]
-    stated = study.stated_settings(study.origin(recipe))
-    row.differs = _changed_settings(study, chosen, stated)
-    row.open = _open_settings(study, chosen, stated)
+    reported = study.reported_settings(study.origin(recipe))
+    row.differs = _changed_settings(study, chosen, reported)
+    row.open = _unreported_settings(study, chosen, reported)
     if published.curve:
         curve = read_points(study.folder / published.curve, TRAIN_LOSS)
         row.gap = compare.curve_gap(chosen.folder.read_metrics(), curve)
@@ -272,12 +272,12 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return fmean(numbers) if numbers else None
 
 
-def _changed_settings(study: Study, chosen: RunResult, stated: set[str]) -> list[str]:
+def _changed_settings(study: Study, chosen: RunResult, reported: set[str]) -> list[str]:
     """Stated settings that a run changed, and other differences from the published training."""
     paper = yamlfiles.read_yaml(paths.recipe_file(study.origin(chosen.run.recipe)))
     differs = []
     for key, (before, after) in merging.differences(paper, chosen.config).items():
-        if merging.top_key(key) in stated:
+        if merging.top_key(key) in reported:
             differs.append(f"{key}: {on_one_line(after)} instead of {on_one_line(before)}")
     differs += departures(paper, chosen.config)
     if chosen.run.ranks > 1:
@@ -285,8 +285,8 @@ def _changed_settings(study: Study, chosen: RunResult, stated: set[str]) -> list
     return differs
 
 
-def _open_settings(study: Study, chosen: RunResult, stated: set[str]) -> list[str]:
-    """Settings that the paper leaves open: those that study.yaml lists, and the paper does not state.
+def _unreported_settings(study: Study, chosen: RunResult, reported: set[str]) -> list[str]:
+    """Settings that study.yaml lists as unreported, but for those that the authors report for this recipe.
 
     Each is listed with the source of the run's value: the comment in the run's recipe or, if the run changed the
     setting, the source of the change.
@@ -295,15 +295,15 @@ def _open_settings(study: Study, chosen: RunResult, stated: set[str]) -> list[st
     sources = yamlfiles.sources(paths.recipe_file(run.recipe))
     for difference in run.differences:
         sources[merging.top_key(difference.key)] = difference.source.text
-    open_settings = []
-    for key in study.open_settings:
-        if key in config and key not in stated:
-            open_settings.append(f"{key}: {on_one_line(config[key])} ({sources.get(key, 'Axolotl')})")
+    unreported = []
+    for key in study.unreported:
+        if key in config and key not in reported:
+            unreported.append(f"{key}: {on_one_line(config[key])} ({sources.get(key, 'Axolotl')})")
     trainer = study.published[study.origin(run.recipe)].trainer
     if trainer != "Axolotl":
-        open_settings.append(f"trainer: Axolotl (the paper used {trainer})")
-    if "decoding" in study.open_settings:
+        unreported.append(f"trainer: Axolotl (the paper used {trainer})")
+    if "decoding" in study.unreported:
         decoding = chosen.evaluation.settings.decoding if chosen.evaluation else study.decoding
         settings = on_one_line(decoding.model_dump(exclude_defaults=True))
-        open_settings.append(f"decoding: {settings} (the paper does not state it)")
-    return open_settings
+        unreported.append(f"decoding: {settings} (the paper does not state it)")
+    return unreported

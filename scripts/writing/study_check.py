@@ -6,11 +6,11 @@ from pathlib import Path
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..check import check, schema
-from ..config import datafiles, merging
+from ..config import datafiles
 from ..config.compose import Request
 from ..config.finding import Finding, Level
 from ..data import prepare
-from ..data.declaration import Mistake, undeclared
+from ..data.declaration import Key, Mistake, undeclared
 from ..data.studies import Study
 from . import render
 
@@ -74,8 +74,11 @@ def _undeclared(study: Study, names: list[str]) -> Iterator[Mistake]:
     for name in study.variants:
         yield from undeclared(("variants", name), name, names)
     settings = [*schema.load()["properties"], "decoding"]
-    for i, key in enumerate(study.open_settings):
-        yield from undeclared(("open_settings", str(i)), merging.top_key(key), settings)
+    lists: dict[Key, list[str]] = {("reported",): study.reported, ("unreported",): study.unreported}
+    lists |= {("published", name, "unreported"): results.unreported for name, results in study.published.items()}
+    for place, keys in lists.items():
+        for i, key in enumerate(keys):
+            yield from undeclared((*place, str(i)), key, settings)
 
 
 def _unprepared(study: Study) -> Iterator[Mistake]:

@@ -30,7 +30,7 @@ def test_what_a_study_declares(tmp_path):
     curve = tmp_path / "a.csv"
     curve.write_text("step,train_loss\n1,2.5\n")
     scores = {"accuracy": {"value": 67.4, "spread": 1.0}, "perplexity": 3}
-    changes: dict[str, Any] = dict.fromkeys(("shown", "variants", "tolerances", "baselines", "open_settings"))
+    changes: dict[str, Any] = dict.fromkeys(("shown", "variants", "tolerances", "baselines", "unreported"))
     changes["metrics"] = {"accuracy": {"metric": "number", "label": "GSM8K"}, "perplexity": None}
     changes["published"] = {RECIPE: {"scores": scores, "curve": "a.csv"}}
     study = loaded(tmp_path, changes | {"decodings": {"greedy": {"max_new_tokens": 9}}})
@@ -85,3 +85,31 @@ def test_how_many_rows_a_split_will_have_is_known_where_nothing_is_left_out(tmp_
     assert [data.rows_of(split) for split in ("train", "valid", "test")] == [96, 4, None]
     assert sums(tmp_path, rows | {"data > splits > train > first": 30}).data.rows_of("train") == 30
     assert sums(tmp_path, rows | {"data > splits > train > rows": 90}).data.rows_of("train") == 90
+
+
+AUTHORS = {  # the first words of comments on settings that the authors of a study report
+    "axolotl-alpaca2k": ("example", "card", "v0.4.0"),
+    "dora-commonsense": ("README.md", "finetune.py", "llama2_7B_DoRA.sh", "llama3_8B_DoRA.sh"),
+    "evolcodellama": ("card", "v0.4.0"),
+    "haider2024": ("paper",),
+    "litgpt-alpaca2k": ("config", "lora.py", "data/base.py", "alpaca_2k.py", "tokenizer.py"),
+    "loftq-gsm8k": ("train_gsm8k", "quantize_save", "the authors' README"),
+    "loraga-metamathqa": ("conf/", "data.py", "utils.py", "run_exp.py"),
+    "peft-metamathqa": ("defaults", "experiment", "run.py", "data.py", "utils.py"),
+    "pissa-metamathqa": ("run_lora.sh", "run_qlora.sh", "run_pissa.sh", "train.py"),
+    "qlora-guanaco": ("finetune_guanaco_7b", "finetune_llama2_guanaco_7b", "qlora.py"),
+    "tinker-tulu3": (
+        *("sft_sweep.md", "chat_datasets.py", "role_colon.py", "chat_sl/train.py", "supervised/", "sweep/cli.py"),
+        *("weights/README.md", "sdk.md"),
+    ),
+}
+
+
+def test_comments_and_study_yaml_agree_on_what_the_authors_report():
+    for folder in paths.studies():
+        study = studies.load(folder)
+        for recipe in study.published:
+            comments = yamlfiles.sources(paths.recipe_file(recipe))
+            commented = {key for key, comment in comments.items() if comment.startswith(AUTHORS[folder.name])}
+            reported = study.reported_settings(recipe) & yamlfiles.read_yaml(paths.recipe_file(recipe)).keys()
+            assert (recipe, reported) == (recipe, commented)

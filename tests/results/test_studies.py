@@ -174,7 +174,7 @@ OPEN = (
     ],
 )
 def test_notes_on_a_study(runs, run, tolerances, notes):
-    small_study.write(Path(), open_settings=["decoding"], tolerances=tolerances)
+    small_study.write(Path(), unreported=["decoding"], tolerances=tolerances)
     small_study.ran(runs, PLAIN, "a", **{"accuracy": 66.0} | run)
     study = small_study.read()
     shown = study_tables.notes(study, verdict.rows(study, runs, False))
@@ -264,9 +264,10 @@ def test_metrics_of_one_kind_never_share_a_heading(runs):
     assert shown == [[87.5, 12.5, None], [87.5, None, 37.5]]
 
 
-def test_a_study_says_how_its_authors_statements_begin(runs):
+def test_study_yaml_says_what_the_authors_report(runs):
     small_study.ran(runs, PLAIN, "a", 66.0, set={"lora_r": 64})
-    assert row_of(runs)["differs"] == ["lora_r: 64 instead of 32"]  # a comment that begins with "paper"
-    small_study.write(Path(), comment_prefixes=["the appendix"], open_settings=["lora_r"])
-    row = row_of(runs)
-    assert fields(row, "differs", "open") == [[], ["lora_r: 64 (--set lora_r=64)"]]
+    small_study.write(Path(), reported=["lora_r"], unreported=["lora_r"])
+    assert fields(row_of(runs), "differs", "open") == [["lora_r: 64 instead of 32"], []]
+    published = {PLAIN: {"scores": {"accuracy": 67.4, "perplexity": 3.0}, "unreported": ["lora_r"]}}
+    small_study.write(Path(), reported=["lora_r"], unreported=["lora_r"], published=published)
+    assert fields(row_of(runs), "differs", "open") == [[], ["lora_r: 64 (--set lora_r=64)"]]
