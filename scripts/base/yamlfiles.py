@@ -181,7 +181,9 @@ def read_text(file: Path) -> str:
 
 
 _CARDS_CONFIG = re.compile(
-    r"^```ya?ml[ \t]*\n((?:(?!```|base_model:).*\n)*+base_model:(?:(?!```).*\n)*+)```", re.MULTILINE
+    r"(?:^axolotl version: `?(?P<release>[\w.+-]+)`?[ \t]*\n\s*)?"
+    r"^```ya?ml[ \t]*\n(?P<config>(?:(?!```|base_model:).*\n)*+base_model:(?:(?!```).*\n)*+)```",
+    re.MULTILINE,
 )
 
 
@@ -198,7 +200,17 @@ def recipe_text(file: Path) -> str:
     if block is None:
         problem = "no Axolotl config in this model card, as a block ```yaml with base_model"
         raise UserError(problem, file=file, remedy="copy the config into a YAML file, and give that")
-    return "\n" * text.count("\n", 0, block.start(1)) + block[1]
+    return "\n" * text.count("\n", 0, block.start("config")) + block["config"]
+
+
+def card_release(file: Path) -> str:
+    """Release of Axolotl that a model card names above its config; empty if none, or if the file is not a card.
+
+    Raises:
+        UserError: see `read_text`.
+    """
+    block = _CARDS_CONFIG.search(read_text(file)) if file.suffix == ".md" else None
+    return (block and block["release"]) or ""
 
 
 def read_yaml(file: Path, loader: type[yaml.CSafeLoader] = _Loader) -> Config:

@@ -14,6 +14,7 @@ from . import datafiles, gpus, merging, models, numerics, substitution
 from .datafiles import DataFile
 from .gpus import Gpu
 from .merging import Difference, Override, Source
+from .origin import origin_of
 from .profiles import ADAPTED, Incompatible, adapted, incompatible_keys
 from .training_settings import SEED
 
@@ -109,7 +110,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     """
     recipe, file = paths.find_recipe(request.name)
     content = yamlfiles.read_yaml(file)
-    origin = merging.origin_of(recipe, file) or recipe
+    origin = origin_of(recipe, file) or recipe
     shipped = content
     if origin != recipe:
         shipped = yamlfiles.read_yaml(paths.recipe_file(origin))

@@ -4,12 +4,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import Row
 from ..base.secrets import MASK, masked, names_secret, without_secrets
 from ..base.yamlfiles import Config, parse, write_flow
 
@@ -287,9 +285,6 @@ def chained(first: Sequence[Difference], second: Sequence[Difference]) -> list[D
     return [difference for difference in combined.values() if difference.recipe != difference.run]
 
 
-_ORIGINAL = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
-
-
 def recipe_content(name: str) -> Config:
     """Content of a recipe's file, found by name.
 
@@ -297,72 +292,3 @@ def recipe_content(name: str) -> Config:
         UserError: no recipe or several recipes match, or the file is malformed.
     """
     return yamlfiles.read_yaml(paths.find_recipe(name)[1])
-
-
-def ancestors(file: Path) -> list[str]:
-    """Originals of a variant or copy, nearest first, as listed in its header comments.
-
-    A line counts as `recipe new` writes it or, in a copy, as the original recipe has it; other comments do not.
-    """
-    originals = []
-    for line in yamlfiles.recipe_text(file).splitlines():
-        if line and not line.startswith("#"):
-            break
-        match = _ORIGINAL.fullmatch(line)
-        if match and (match[1] or _has_title(match[2], line)):
-            originals.append(match[1] or match[2])
-    return originals
-
-
-def _has_title(recipe: str, line: str) -> bool:
-    """True if a line is in the file of a shipped recipe."""
-    return recipe in paths.recipe_names() and line in yamlfiles.recipe_text(paths.recipe_file(recipe)).splitlines()
-
-
-def origin_of(name: str, file: Path) -> str | None:
-    """Shipped recipe from which a file, variant or edited copy derives; None if unknown."""
-    shipped = paths.recipe_names()
-    return next((recipe for recipe in (name, *ancestors(file)) if recipe in shipped), None)
-
-
-def parent_of(name: str, file: Path) -> str | None:
-    """The recipe from which a variant derives directly; None if it has no parent."""
-    from ..data import studies
-
-    if name in paths.recipe_names():
-        study = studies.usable_study_of(name)
-        parent = study.origin(name) if study else name
-        if parent != name:
-            return parent
-    existing = {*paths.recipe_names(), *paths.variant_names()}
-    for original in ancestors(file):
-        if original != name and (original in existing or Path(original).is_file()):
-            return original
-    return None
-
-
-def recipe_diff(a: str, b: str) -> list[Row]:
-    """Table rows of keys in which two recipes or files differ; `OF_THE_RUN` is ignored.
-
-    Args:
-        a: a recipe or file.
-        b: another; empty for the parent of `a`, which then comes first.
-
-    Raises:
-        UserError: a recipe does not exist, or `a` has no parent.
-    """
-    if not b:
-        a, b = _parent(a), a
-    first, second = map(recipe_content, (a, b))
-    rows = []
-    for key, (left, right) in differences(first, second).items():
-        if key not in OF_THE_RUN:
-            rows.append({"key": key, a: without_secrets(left, key), b: without_secrets(right, key)})
-    return rows
-
-
-def _parent(name: str) -> str:
-    parent = parent_of(*paths.find_recipe(name))
-    if parent is None:
-        raise UserError(f"{name}: not a variant of another recipe; give a second recipe")
-    return parent

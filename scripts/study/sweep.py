@@ -24,6 +24,7 @@ from ..config import merging
 from ..config.compose import Request
 from ..config.gpus import Gpu
 from ..config.merging import Override
+from ..config.origin import origin_of
 from ..data import studies
 from ..data.studies import Study
 from ..evaluate.evaluate import EvaluationRequest
@@ -372,7 +373,7 @@ def cancel(sweep: Sweep) -> list[str]:
 def default_columns(recipe: str) -> dict[str, Column]:
     """Metrics of a recipe or variant, see `columns_of`."""
     file = file_of(recipe)
-    origin = merging.origin_of(recipe, file) if file else None
+    origin = origin_of(recipe, file) if file else None
     return columns_of(origin or recipe)
 
 

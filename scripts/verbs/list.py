@@ -84,12 +84,12 @@ def _listed() -> list[Row]:
 
 
 def _row(name: str, file: Path, studies: dict[str, yamlfiles.Config]) -> Row:
-    from ..config import merging
+    from ..config.origin import origin_of, parent_of
 
     recipe = yamlfiles.read_yaml(file)
     origin, variant_of = name, None
     if paths.VARIANTS in file.parents:
-        origin, variant_of = str(merging.origin_of(name, file)), merging.parent_of(name, file)
+        origin, variant_of = str(origin_of(name, file)), parent_of(name, file)
     study = paths.study_name(origin)
     row = {
         "recipe": name,
@@ -181,9 +181,9 @@ def diff_verb(
     json: Json = False,
 ) -> None:
     """Compare two recipes or configs, key by key."""
-    from ..config import merging
+    from ..config.origin import recipe_diff
 
-    rows = merging.recipe_diff(a, b)
+    rows = recipe_diff(a, b)
     if json:
         tables.print_json(rows)
     elif rows:

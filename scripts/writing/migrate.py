@@ -24,10 +24,10 @@ from ..base.yamlfiles import Config
 from ..config import consent, datafiles, merging
 from ..config.datafiles import DatasetRef
 from ..config.merging import Override, Source
+from ..config.origin import header_of
 
 TABLES = paths.TEMPLATES / "old-axolotl.yaml"
 _NO_SIGN = "no key of an older release"
-_CARDS_RELEASE = re.compile(r"axolotl version: `?([\w.+-]+)`?")  # as Axolotl writes it into a model card
 _OF_ACCOUNT = re.compile(rf"{merging.TRACKING.pattern}|hub_")
 _SHAREGPT = re.compile(r"sharegpt(?:_simple|:chat)?(?:\.(.*))?")
 _LAST_WITH_SHAREGPT = Version(
@@ -80,8 +80,7 @@ def read(file: Path) -> OldConfig:
     Raises:
         UserError: the file cannot be read, or is a card without a config.
     """
-    release = _CARDS_RELEASE.search(yamlfiles.read_text(file))
-    return OldConfig(file, yamlfiles.recipe_text(file), release[1] if release else "")
+    return OldConfig(file, yamlfiles.recipe_text(file), yamlfiles.card_release(file))
 
 
 @dataclass(frozen=True)
@@ -389,11 +388,12 @@ def of_file(name: str, release: str | None) -> OldConfig:
     """
     recipe, file = paths.find_recipe(name)
     old = read(file)
-    release = release or old.release
+    written_for = header_of(file).axolotl
+    if not release and (recipe in paths.recipe_names() or written_for == str(supported())):
+        return replace(old, is_current=True)
+    release = release or written_for or old.release
     if release:
         return replace(old, release=release)
-    if recipe in paths.recipe_names() or merging.parent_of(recipe, file):
-        return replace(old, is_current=True)
     if evidence(old.config):
         return old
     return replace(old, is_current=True, sign=_NO_SIGN)
@@ -453,7 +453,6 @@ def report(migration: Migration) -> None:
     print_table([step.row() for step in migration.steps], below=["reason"])
     if migration.sign:
         guess = f"Axolotl {migration.release} is a guess, from {migration.sign}"
-        stated = "add a line `# axolotl version: 0.4.0` to the file"
-        say(f"{guess}; the split of the rows and other defaults depend on it: if you know it, {stated}")
+        say(f"{guess}; the split of the rows and other defaults depend on it: if you know it, pass --axolotl")
     for meaning in migration.meanings():
         say(f"since {migration.release}: {meaning}")

@@ -4,6 +4,7 @@ import os
 import re
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import yaml
 
 from ..base import hub, paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import write_atomically
+from ..base.files import sha256, write_atomically
 from ..base.yamlfiles import Config
 from ..check import check
 from ..check.check import Report
 from ..config import compose, datafiles, merging, models
 from ..config.finding import refuse
 from ..config.merging import Override
+from ..config.origin import Header, origin_of
 from . import migrate, own_rows
 from .migrate import Migration, OldConfig
 from .own_rows import RowsRequest
@@ -269,9 +271,13 @@ def variant_text(name: str, folder: Path, base: str, overrides: list[Override], 
         text = _ABSENT.sub("", text)
     for key, source in sources.items():
         text = edited(text, key, Change(config.get(key), source), str(base_file))
-    header = _origins(name, base_name, merging.origin_of(base_name, base_file) or base_name)
+    header = Header(name=name, parent=base_name, parent_sha256=sha256(base_file), axolotl=version("axolotl"))
+    origin = origin_of(base_name, base_file)
+    if origin and origin != base_name:
+        header.origin = origin
     schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", folder)
-    lines = [f"# yaml-language-server: $schema={schema}", *header, *other.header]
+    lines = [f"# yaml-language-server: $schema={schema}", *header.lines(), "#"]
+    lines += [f"# Changes   recipe diff {name} lists them; changed lines state the former value", *other.header]
     return "\n".join(lines) + "\n" + text
 
 
@@ -307,20 +313,6 @@ def _sources(overrides: list[Override], other: Changes) -> dict[str, str | None]
         else:
             sources[key] = "your rows" if override.key == "datasets" else None
     return sources
-
-
-def _origins(name: str, base: str, origin: str) -> list[str]:
-    """Header lines of a variant, from which `merging.ancestors` reads its originals.
-
-    Args:
-        name: the name of the variant.
-        base: the complete name of the original.
-        origin: the shipped recipe behind the original, or the original.
-    """
-    lines = [f"# {name}: a variant of {base}"]
-    if origin != base:
-        lines.append(f"# {base}: a variant of {origin}")
-    return [*lines, "#", f"# Changes   recipe diff {name} lists them; changed lines state the former value"]
 
 
 def edited(text: str, key: str, change: Change, where: str) -> str:

@@ -6,6 +6,7 @@ import re
 import traceback
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ class _Renderer:
             if not file.name.startswith("_"):
                 template = file.relative_to(self.folder).as_posix()
                 name = template.removesuffix(".yaml.j2")
-                text = self._text(template, name=name, facts=self._facts)
+                text = self._text(template, name=name, facts=self._facts, axolotl=version("axolotl"))
                 recipes.append(_Recipe(name, text, yamlfiles.parse(text, f"recipes/{name}.yaml")))
         return recipes
 

@@ -25,7 +25,7 @@ def test_a_part_of_a_recipes_name_is_enough_and_the_whole_is_said(recipe):
 def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe, tmp_path):
     recipe.ok("new", "mine/wide-r64", "--from", PART, "--set", "lora_r=64")
     header = (tmp_path / "variants/mine/wide-r64.yaml").read_text()[:2000]
-    assert f"mine/wide-r64: a variant of {BASE}" in header
+    assert f'# parent = "{BASE}"' in header
     for name in ("mine/wide-r64", "wide-r64", "wide", "r64"):
         diff = recipe("diff", name, "--json")
         assert orjson.loads(diff.stdout) == [{"key": "lora_r", BASE: 32, "mine/wide-r64": 64}]

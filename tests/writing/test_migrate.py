@@ -10,6 +10,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from packaging.version import Version
 
 from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.files import sha256
 from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.check import schema
 from qlora_recipes.writing import migrate, own_rows
@@ -285,7 +286,7 @@ def test_a_config_of_2023_becomes_a_variant_that_passes_the_check(place, recipe)
     done = recipe.ok("new", "mine", "--from", "old.yml")
     assert done.stderr.splitlines()[0] == (
         "Axolotl 0.3.0 is a guess, from base_model_config; the split of the rows and other defaults depend on it: "
-        "if you know it, add a line `# axolotl version: 0.4.0` to the file"
+        "if you know it, pass --axolotl"
     )
     config = yamlfiles.read_yaml(place / "variants/mine.yaml")
     former = yamlfiles.read_yaml(place / "old.yml")
@@ -358,8 +359,13 @@ def test_a_card_becomes_a_variant_and_a_profile(place, recipe):
     (place / "README.md").write_text(CARD)
     done = recipe.ok("new", "mine", "--from", "README.md")
     assert done.stderr.splitlines()[-1] == "next: recipe check mine --profile zero2"
-    assert (place / "variants/mine.yaml").read_text().splitlines()[1:5] == [
-        "# mine: a variant of README.md",
+    assert (place / "variants/mine.yaml").read_text().splitlines()[1:10] == [
+        "# /// recipe",
+        '# name = "mine"',
+        '# parent = "README.md"',
+        f'# parent_sha256 = "{sha256(Path("README.md"))}"',
+        '# axolotl = "0.21.0"',
+        "# ///",
         "#",
         "# Changes   recipe diff mine lists them; changed lines state the former value",
         "# Axolotl   written for 0.4.0, migrated to 0.21.0 by `recipe new --from`",
@@ -554,5 +560,5 @@ def test_a_file_without_old_keys_counts_as_current_which_is_said(place, recipe):
     done = recipe.ok("new", "mine", "--from", "mine.yml")
     assert done.stderr.splitlines()[0] == (
         f"Axolotl {migrate.supported()} is a guess, from no key of an older release; the split of the rows and other "
-        "defaults depend on it: if you know it, add a line `# axolotl version: 0.4.0` to the file"
+        "defaults depend on it: if you know it, pass --axolotl"
     )

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.files import sha256
 from qlora_recipes.check import check
 from qlora_recipes.config import compose, merging
 from qlora_recipes.config.compose import Request
 from qlora_recipes.config.merging import Override, Source
+from qlora_recipes.config.origin import recipe_diff
 from qlora_recipes.results import listing
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run import run
@@ -81,7 +83,7 @@ def test_a_variant_keeps_comments_on_settings_and_differs_in_just_what_was_chang
         tops = {key.partition(".")[0] for key, _ in overrides}
         assert [comment for comment in comments(TEXT, tops) if comment not in text] == []
         differing = set(merging.differences(base, expected))
-        assert {row["key"] for row in merging.recipe_diff(BASE, "mine")} == differing
+        assert {row["key"] for row in recipe_diff(BASE, "mine")} == differing
         composed = compose.compose(Request("mine"))
         assert composed.config == expected
         assert composed.differences == []
@@ -108,7 +110,12 @@ def test_a_variant_from_the_command_line_to_its_config(place, recipe):
     assert "\n# variant, removed: weight_decay: 0.01; paper\n" in text
     assert "\noutput_dir: outputs/ideas/wide  # variant, was outputs/haider2024/code-llama-7b; this project\n" in text
     assert text.partition("\n\n")[0].splitlines()[1:] == [
-        f"# ideas/wide: a variant of {BASE}",
+        "# /// recipe",
+        '# name = "ideas/wide"',
+        f'# parent = "{BASE}"',
+        f'# parent_sha256 = "{sha256(paths.recipe_file(BASE))}"',
+        '# axolotl = "0.21.0"',
+        "# ///",
         "#",
         "# Changes   recipe diff ideas/wide lists them; changed lines state the former value",
     ]

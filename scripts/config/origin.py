@@ -1,0 +1,122 @@
+"""Origin of a recipe, variant or copy, as the block at its head states."""
+
+import json
+import re
+import tomllib
+from itertools import takewhile
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..base import paths, yamlfiles
+from ..base.errors import UserError
+from ..base.files import Row, sha256
+from ..base.secrets import without_secrets
+from ..base.terminal import say
+from . import merging
+
+_BLOCK = re.compile(r"^# /// recipe\n((?:#(?: .*)?\n)*?)# ///$", re.MULTILINE)
+
+
+class Header(BaseModel):
+    """Block of facts at the head of a recipe, in the form of Python's inline metadata (PEP 723).
+
+    It is written in comments, so that the file stays a plain config of Axolotl. No other comment decides anything.
+
+    Attributes:
+        name: name of the recipe or variant; a copy keeps it.
+        parent: recipe or file of which a variant was written.
+        parent_sha256: hash of the parent's file at that time.
+        origin: recipe of a study behind the parent, if the parent is another recipe or file.
+        axolotl: release of Axolotl for which the file was written.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = ""
+    parent: str = ""
+    parent_sha256: str = ""
+    origin: str = ""
+    axolotl: str = ""
+
+    def lines(self) -> list[str]:
+        """The block's lines, without empty fields."""
+        fields = self.model_dump(exclude_defaults=True)
+        lines = [f"# {field} = {json.dumps(value, ensure_ascii=False)}" for field, value in fields.items()]
+        return ["# /// recipe", *lines, "# ///"]
+
+
+def header_of(file: Path) -> Header:
+    """Header of a recipe or card; empty if the file has none before its first key.
+
+    Raises:
+        UserError: the file cannot be read, or its header is malformed.
+    """
+    lines = yamlfiles.recipe_text(file).splitlines(keepends=True)
+    head = "".join(takewhile(lambda line: line.startswith("#") or not line.strip(), lines))
+    block = _BLOCK.search(head)
+    if block is None:
+        return Header()
+    try:
+        return Header(**tomllib.loads(re.sub("(?m)^# ?", "", block[1])))
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"header: {first['loc'][0]}: {yamlfiles.in_words(first)}"
+    except tomllib.TOMLDecodeError as error:
+        problem = f"header: not TOML: {error}"
+    line = head.count("\n", 0, block.start()) + 1
+    raise UserError(problem, file=file, line=line, remedy="correct the lines between # /// recipe and # ///")
+
+
+def origin_of(name: str, file: Path) -> str | None:
+    """Built-in recipe from which a file, variant or edited copy derives; None if unknown."""
+    header, recipes = header_of(file), paths.recipe_names()
+    return next((recipe for recipe in (name, header.name, header.parent, header.origin) if recipe in recipes), None)
+
+
+def parent_of(name: str, file: Path) -> str | None:
+    """Recipe or file from which a variant or copy derives directly; None if it has no parent."""
+    from ..data import studies
+
+    if name in paths.recipe_names():
+        study = studies.usable_study_of(name)
+        parent = study.origin(name) if study else name
+        if parent != name:
+            return parent
+    header = header_of(file)
+    existing = {*paths.recipe_names(), *paths.variant_names()}
+    for parent in filter(None, (header.name, header.parent)):
+        if parent != name and (parent in existing or Path(parent).is_file()):
+            return parent
+    return None
+
+
+def recipe_diff(a: str, b: str) -> list[Row]:
+    """Table rows of keys in which two recipes or files differ; `merging.OF_THE_RUN` is ignored.
+
+    Args:
+        a: a recipe or file.
+        b: another; empty for the parent of `a`, which then comes first.
+
+    Raises:
+        UserError: a recipe does not exist, or `a` has no parent.
+    """
+    if not b:
+        a, b = _parent(a), a
+    first, second = map(merging.recipe_content, (a, b))
+    rows = []
+    for key, (left, right) in merging.differences(first, second).items():
+        if key not in merging.OF_THE_RUN:
+            rows.append({"key": key, a: without_secrets(left, key), b: without_secrets(right, key)})
+    return rows
+
+
+def _parent(name: str) -> str:
+    recipe, file = paths.find_recipe(name)
+    parent = parent_of(recipe, file)
+    if parent is None:
+        raise UserError(f"{name}: not a variant of another recipe; give a second recipe")
+    header = header_of(file)
+    if parent == header.parent and sha256(paths.find_recipe(parent)[1]) != header.parent_sha256:
+        say(f"{parent} has changed since {recipe} was written; the differences include these changes")
+    return parent
