@@ -1,4 +1,4 @@
-"""The command `recipe`: verbs, in the order of `recipe --help`, and exit codes."""
+"""The command `recipe`: commands, in the order of `recipe --help`, and exit codes."""
 
 import errno
 import io
@@ -19,7 +19,7 @@ from .base import paths
 from .base.errors import UserError, WorkFailed
 from .base.files import DISK_FULL
 from .base.terminal import say
-from .verbs.help import Verbs
+from .commands.help import Commands
 
 FIRST_STEPS = """\
 recipe list
@@ -28,7 +28,7 @@ recipe evaluate latest
 recipe results"""
 
 
-VERBS = {
+COMMANDS = {
     "Recipes": {"list": "list", "show": "list", "diff": "list", "new": "list"},
     "Before a run": {"data": "data", "check": "check", "plan": "plan"},
     "Running": {"run": "run", "resume": "run", "sweep": "sweep", "reproduce": "reproduce", "cancel": "run"},
@@ -41,33 +41,35 @@ VERBS = {
     },
     "Upkeep": {"doctor": "upkeep", "render": "upkeep", "study": "upkeep"},
 }
-"""Verbs by heading, in the order of use, each with its module in verbs/."""
+"""Commands by heading, in the order of use, each with its module in commands/."""
 
 
-class _Verbs(Verbs):
-    """All verbs; a verb's module is imported when it is used, or for help."""
+class _Commands(Commands):
+    """All commands; a command's module is imported when it is used, or for help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for modules in VERBS.values() for name in modules]
+        return [name for modules in COMMANDS.values() for name in modules]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        for modules in VERBS.values():
+        for modules in COMMANDS.values():
             if cmd_name in modules:
-                module = import_module(f".verbs.{modules[cmd_name]}", __package__)
-                return typer.main.get_group(module.verbs).commands[cmd_name]
+                module = import_module(f".commands.{modules[cmd_name]}", __package__)
+                return typer.main.get_group(module.commands).commands[cmd_name]
         return None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if not ctx.resilient_parsing and args[0] not in self.list_commands(ctx):  # click would suggest imported verbs
+        if not ctx.resilient_parsing and args[0] not in self.list_commands(
+            ctx
+        ):  # click would suggest imported commands
             raise NoSuchCommand(args[0], possibilities=self.list_commands(ctx), ctx=ctx)
         return super().resolve_command(ctx, args)
 
     def headings(self, ctx: click.Context) -> dict[str, list[str]]:
-        return {heading: list(modules) for heading, modules in VERBS.items()}
+        return {heading: list(modules) for heading, modules in COMMANDS.items()}
 
 
 app = typer.Typer(
-    cls=_Verbs,
+    cls=_Commands,
     help="Axolotl recipes for QLoRA studies: list, run, evaluate and compare them.\n\n"
     "A recipe is an Axolotl config. A study is the recipes of a paper, or of other published runs, with their data and "
     "scores.",

@@ -41,7 +41,7 @@ from qlora_recipes.config.merging import Override, parse_override
 from qlora_recipes.data import studies
 from qlora_recipes.data.prepare import default_sample, rehearsal_data
 from qlora_recipes.run import launch
-from qlora_recipes.run.backends import slurm_site
+from qlora_recipes.run.backends import slurm_cluster
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training import validation
 
@@ -130,7 +130,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cache folder of the test session, and an empty home; xdist's processes share the cache, because converting the
-    stand-in model takes half a minute."""
+    small model takes half a minute."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     folder.mkdir(exist_ok=True)
@@ -167,7 +167,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
         words = [*map(str, arguments)]
         terminal.say_once.cache_clear()
-        slurm_site.forget_queue()
+        slurm_cluster.forget_queue()
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
@@ -293,7 +293,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A folder with a Llama's SentencePiece tokenizer, Mistral's, and the stand-in's config."""
+    """A folder with a Llama's SentencePiece tokenizer, Mistral's, and the small model's config."""
     folder = tmp_path_factory.mktemp("sentencepiece")
     package = find_spec("mistral_common")
     assert package and package.origin
@@ -376,7 +376,7 @@ def repeat_rows(file: Path, times: int) -> None:
 
 
 def config_with(change: yamlfiles.Config, name: str = "haider2024/code-llama-7b") -> yamlfiles.Config:
-    """A shipped recipe with some keys changed; None deletes one."""
+    """A built-in recipe with some keys changed; None deletes one."""
     return {key: value for key, value in (recipe_config(name) | change).items() if value is not None}
 
 

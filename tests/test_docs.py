@@ -78,10 +78,10 @@ def test_offline_examples_run_and_print_as_shown(page, recipe, tmp_path):
     for block in FENCE.findall(page.read_text()):
         shown = block.splitlines()[2:-1] if block.startswith("```\n$ ") else []
         for line in COMMAND.findall(block):
-            verb, *words = shlex.split(line, comments=True)[1:]
-            if verb in offline or (shown and verb in {"check", "results"}):
-                done = recipe(verb, *words)
-                assert done.returncode == (2 if verb == "check" else 0), (line, done.stderr)
+            word, *words = shlex.split(line, comments=True)[1:]
+            if word in offline or (shown and word in {"check", "results"}):
+                done = recipe(word, *words)
+                assert done.returncode == (2 if word == "check" else 0), (line, done.stderr)
                 printed = done.stdout.splitlines()
                 names = [{name for row in rows for name in NAME.findall(row)} for rows in (shown, printed)]
                 assert names[0] <= names[1], line
@@ -97,7 +97,7 @@ def test_the_program_for_power_prints_the_numbers_below_it():
 
 
 def unknown(words: list[str]) -> Iterator[str]:
-    """Words of a command in running text, which may lack arguments, that are no verb or option."""
+    """Words of a command in running text, which may lack arguments, that are no word or option."""
     command: click.Command = ALL
     for word in words:
         below = subcommands(command)
@@ -163,9 +163,9 @@ def test_the_demo_does_what_it_says():
     script = (ROOT / "tools" / "demo.sh").read_text()
     steps = re.findall(r'(?m)^step "(\d) of (\d): .*?" (.*)$', script)
     assert [(number, total) for number, total, _ in steps] == [(str(number), "5") for number in range(1, 6)]
-    verbs = [parsed(f"recipe {words.partition(' > ')[0]}") for *_, words in steps]
-    assert [verb.info_name for verb in verbs] == ["run", "evaluate", "report", "results", "plan"]
-    trained, evaluated, reported, *_ = (verb.params for verb in verbs)
+    words_of = [parsed(f"recipe {words.partition(' > ')[0]}") for *_, words in steps]
+    assert [word.info_name for word in words_of] == ["run", "evaluate", "report", "results", "plan"]
+    trained, evaluated, reported, *_ = (word.params for word in words_of)
     composed = compose(Request(trained["name"], overrides=trained["set_"], rehearse=True)).config
     rows, total_rows = datafiles.training_rows(composed), datafiles.training_rows(composed | {"val_set_size": 0})
     assert trained["rehearse"]

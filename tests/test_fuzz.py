@@ -202,7 +202,9 @@ def run_folder(place: Path) -> Target:
     files = [path / name for path in (folder.path, folder.path.with_name("left")) for name in names]
     files.append(recorded_runs.recorded(folder))
     lines = ["results --json", "results sums2030", f"results {ONE} {TWO}", f"report {ONE} {TWO}"]
-    lines += [f"{verb} {run}" for verb in ("report", "results --export", "publish", "cancel") for run in (ONE, LEFT)]
+    lines += [
+        f"{command} {run}" for command in ("report", "results --export", "publish", "cancel") for run in (ONE, LEFT)
+    ]
     lines += [f"resume --trust {LEFT}", "results sums2030 --json"]
     return files, lines
 
@@ -312,8 +314,8 @@ def test_a_changed_answer_of_a_server_never_ends_in_a_traceback(tmp_path, recipe
     codes: Counter[int] = Counter()
     with serving_llama(llama) as server:
         models, props = server.models, server.others["/props"]
-        line = f"evaluate run --adapter run/output --engine {server.url} --model m --limit 3 --metric bertscore:none"
-        line += " --max-new-tokens 8"
+        line = f"evaluate run --adapter run/output --engine {server.url} --served-model m --limit 3"
+        line += " --metric bertscore:none --max-new-tokens 8"
         assert run_watched(recipe, tmp_path, line, server.url).returncode == 0
         posts = len(server.requests)
         for _ in range(CASES):

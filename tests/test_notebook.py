@@ -1,6 +1,6 @@
 """The cells of a notebook in docs/free-t4.md, run as they stand on two days in an empty folder, each on a new machine.
 
-Stand-ins take the place of what needs a GPU, the network or the notebook's host. For the end of the session, a run gets
+Other programs replace what needs a GPU, the network or the notebook's host. For the end of the session, a run gets
 the signal that it sends itself before its limit.
 """
 

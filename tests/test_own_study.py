@@ -98,7 +98,7 @@ def test_the_skeleton_of_a_study_passes_every_check(recipe, tmp_path):
     assert {"error:", "warning:"} & {*checked.stdout.split()} == set()
     assert checked.stderr.startswith("checking mine: recipes, data, and Axolotl's validation\n")
     recipe.ok("check", "mine/llama-3.2-3b-mine", "--rehearse")
-    assert "haider2024" in recipe("show", "llama-3.2-3b").stdout  # a shipped recipe's short name stays its own
+    assert "haider2024" in recipe("show", "llama-3.2-3b").stdout  # a built-in recipe's short name stays its own
     again = recipe.fails("study", "new", "mine")
     assert "recipes/mine: " in again.stderr
     template, orphan = "templates/mine/llama-3.2-3b-mine.yaml.j2", "recipes/mine/llama-3.2-3b-mine.yaml"
@@ -106,8 +106,8 @@ def test_the_skeleton_of_a_study_passes_every_check(recipe, tmp_path):
     study = tmp_path / "recipes" / "mine" / "study.yaml"
     study.write_text(study.read_text().replace("3b-mine", "1b-mine"))
     assert "published." not in recipe("study", "check", "mine").stdout  # `recipe render` is the remedy
-    for verb, code in (("render",), 0), (("render", "--check"), 1), (("study", "check", "mine"), 2):
-        left = recipe(*verb)
+    for command, code in (("render",), 0), (("render", "--check"), 1), (("study", "check", "mine"), 2):
+        left = recipe(*command)
         assert left.returncode == code
         assert orphan in left.stdout + left.stderr
     assert len(recipe.json("check", "mine", "3.2-3b-m*", code=2)) == 3

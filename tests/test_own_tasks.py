@@ -49,7 +49,7 @@ def test_a_task_of_ones_own_goes_the_whole_way(recipe, tmp_path, tiny):
         return finished.stdout + finished.stderr
 
     done("new", "mine", "--from", "haider2024/llama-3.2-3b", *(word for one in sets for word in ("--set", one)))
-    (report,) = recipe.json("check", "mine", "--data")
+    (report,) = recipe.json("check", "mine", "--all-rows")
     read = {file: of_file["rows"] for of_file in report["data"] for file in of_file["files"]}
     assert read == {"mine.jsonl": 24, "mine-eval.jsonl": 8}
     assert "fits" in done("plan", "mine", "--gpu", "A100")

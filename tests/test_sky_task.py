@@ -22,7 +22,7 @@ PARSE = """
 import sys, sky, yaml
 for text, envs in eval(sys.stdin.read()):
     try:
-        task = sky.Task.from_yaml_config(yaml.safe_load(text), envs, [("HF_TOKEN", "a token"), ("SEAL", "a key")])
+        task = sky.Task.from_yaml_config(yaml.safe_load(text), envs, [("HF_TOKEN", "a token"), ("HMAC_KEY", "a key")])
     except ValueError as error:
         print(str(error).replace(chr(10), " "))
     else:
@@ -40,7 +40,14 @@ def test_skypilot_takes_the_task(tmp_path):
     command = [SKY, "-I", "-c", PARSE]
     shown = subprocess.run(command, input=repr(cases), env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
     taken, misspelt, lacking = shown.splitlines()[-3:]
-    assert taken.split() == ["/runs", "my-runs", "MOUNT_CACHED", "HF_TOKEN", "SEAL", *yamlfiles.parse(text, "")["envs"]]
+    assert taken.split() == [
+        "/runs",
+        "my-runs",
+        "MOUNT_CACHED",
+        "HF_TOKEN",
+        "HMAC_KEY",
+        *yamlfiles.parse(text, "")["envs"],
+    ]
     assert "use_spott" in misspelt
     assert "RECIPE" in lacking
 
@@ -70,7 +77,7 @@ def begun(checkout: Path, section: str, **envs: str) -> "subprocess.Popen[bytes]
     """Begin a section of the task, as SkyPilot does on a machine."""
     task = yamlfiles.read_yaml(TASK)
     of_task = {name: value or "" for name, value in (task["envs"] | task["secrets"]).items()}
-    job = {"SKYPILOT_TASK_ID": "sky-managed-1", "RUNS": str(checkout.parent / "storage"), "SEAL": "the job's"}
+    job = {"SKYPILOT_TASK_ID": "sky-managed-1", "RUNS": str(checkout.parent / "storage"), "HMAC_KEY": "the job's"}
     path = f"{checkout / 'programs'}:{os.environ['PATH']}"
     env = os.environ | of_task | job | {"MAKEFLAGS": "", "PATH": path} | envs
     return subprocess.Popen(["bash", "-c", task[section]], cwd=checkout, env=env, stderr=subprocess.PIPE)
@@ -115,7 +122,7 @@ def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(checkout, tmp_path
     wait_until(lambda: runs("sky-managed-2"), other)
     kill(other)
     kill(process)
-    code, said = done(checkout, "run", **envs, SEAL="another's", XDG_DATA_HOME=str(tmp_path / "other"))
+    code, said = done(checkout, "run", **envs, HMAC_KEY="another's", XDG_DATA_HOME=str(tmp_path / "other"))
     assert code == 2
     assert "not created by you on this machine, or changed since" in said
     process = begun(checkout, "run", **envs, XDG_DATA_HOME=str(tmp_path / "second"))

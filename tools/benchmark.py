@@ -75,7 +75,7 @@ def first_plans(folder: Path) -> list[tuple[float, float]]:
     """Processor time of first plans, each with that of the imports measured just after it."""
     pairs = []
     for name in PLANNED:
-        plan = [BIN / "recipe", "plan", name, "--gpu", "T4", "--set", "lora_r=24"]  # no shipped plan has this rank
+        plan = [BIN / "recipe", "plan", name, "--gpu", "T4", "--set", "lora_r=24"]  # no built-in plan has this rank
         took = processor_seconds(plan, XDG_CACHE_HOME=str(folder / "cache"))
         imports = processor_seconds([sys.executable, "-c", IMPORTS])
         print(f"first plan of {name:41}{took:6.1f} s of processor time; imports alone {imports:.1f} s")

@@ -1,4 +1,4 @@
-"""Writes plans of the shipped recipes, which `recipe plan` and `recipe check` show without a trace.
+"""Writes plans of the built-in recipes, which `recipe plan` and `recipe check` show without a trace.
 
 It also writes recipes/hours.json, which `recipe list` and recipes/README.md show; then run `recipe render`.
 
@@ -23,7 +23,7 @@ GENERATIONS = ("T4", "A100", "H100")
 
 
 def step_plans(study: str = "") -> dict[str, StepPlan]:
-    """Planners of the shipped recipes' steps, by key, or of one study's; recipes can share a step."""
+    """Planners of the built-in recipes' steps, by key, or of one study's; recipes can share a step."""
     steps = {}
     for gpu in map(gpus.find, GENERATIONS):
         for name in paths.recipe_names():
@@ -37,7 +37,7 @@ def step_plans(study: str = "") -> dict[str, StepPlan]:
 
 
 def logs(study: str = "", gpu: gpus.Gpu | None = None) -> dict[str, PlannedLog]:
-    """Plans of the shipped recipes with the inputs of their logs, or those of one study's."""
+    """Plans of the built-in recipes with the inputs of their logs, or those of one study's."""
     plans = {}
     for name in paths.recipe_names():
         of = studies.study_of(name)
@@ -51,11 +51,11 @@ def write(again: bool) -> None:
     """Write the files, with all figures computed again if asked."""
     figures = {}
     for key, step in sorted(step_plans().items()):
-        shipped = None if again else step_plan.shipped().get(key)
-        figures[key] = shipped or asdict(step.traced())
+        built_in = None if again else step_plan.built_in().get(key)
+        figures[key] = built_in or asdict(step.traced())
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(figure)}" for key, figure in figures.items())
     versions = json.dumps(step_plan.packages())
-    step_plan.SHIPPED.write_text(f'{{"versions": {versions},\n"plans": {{\n{lines}\n}}}}\n')
+    step_plan.BUILT_IN.write_text(f'{{"versions": {versions},\n"plans": {{\n{lines}\n}}}}\n')
 
 
 GPU = "A100 80GB"

@@ -223,8 +223,8 @@ def _sft_types() -> tuple[list[str], str]:
     for module, function in _strategies(prompt_strategies, "tokenizer"):
         if re.fullmatch("load|load_.*", function) and module != "user_defined":  # that one is for a mapping as type
             types.append(module if function == "load" else f"{module}.{function}")
-    shipped = "|".join(sorted({re.escape(kind.partition(".")[0].partition(":")[0]) for kind in types}))
-    return list(dict.fromkeys(types)), rf"^(?!({shipped})(\.|$))[A-Za-z_]\w*(\.\w+)+$"
+    built_in = "|".join(sorted({re.escape(kind.partition(".")[0].partition(":")[0]) for kind in types}))
+    return list(dict.fromkeys(types)), rf"^(?!({built_in})(\.|$))[A-Za-z_]\w*(\.\w+)+$"
 
 
 def _preference_types(kind: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Values that this environment's Axolotl gives for the shipped recipes, a line each: for `make upgrade`.
+"""Values that this environment's Axolotl gives for the built-in recipes, a line each: for `make upgrade`.
 
 A part that fails is a line with its error.
 """

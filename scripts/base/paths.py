@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def _shipped(folder: str) -> Path:
+def _built_in(folder: str) -> Path:
     """Path of a folder that the project ships, inside the installed package or beside scripts/."""
     inside = _PACKAGE / folder
     return inside if inside.is_dir() else _PACKAGE.parent / folder
 
 
-RECIPES = _shipped("recipes")
-TEMPLATES = _shipped("templates")
+RECIPES = _built_in("recipes")
+TEMPLATES = _built_in("templates")
 PROFILES = RECIPES / "profiles"
 HOURS = RECIPES / "hours.json"
-"""Hours of the shipped recipes on one GPU, and what a plan and a published log have alike; tools/plans.py writes it."""
+"""Hours of the built-in recipes on one GPU, and equal figures of plans and published logs; tools/plans.py writes it."""
 RUNS = "QLORA_RUNS"
 VARIANTS = Path("variants")
 LOCK = _PACKAGE.parent / "requirements.lock"
@@ -192,15 +192,15 @@ def find_profile(name: str) -> tuple[str, Path]:
         UserError: the name matches no profile, or several, or has a control character.
     """
     require_plain(name)
-    shipped = {file.stem: file for file in sorted(PROFILES.glob("*.yaml"))}
+    built_in = {file.stem: file for file in sorted(PROFILES.glob("*.yaml"))}
     file = Path(name)
-    if name not in shipped and file.is_file():
-        profile = _name_of(file, shipped)
+    if name not in built_in and file.is_file():
+        profile = _name_of(file, built_in)
         if profile is None:
             return name, file
-        return profile, shipped[profile]
-    profile = meant(name, shipped, "profile", f"; there are {', '.join(shipped)}, or any YAML file")
-    return profile, shipped[profile]
+        return profile, built_in[profile]
+    profile = meant(name, built_in, "profile", f"; there are {', '.join(built_in)}, or any YAML file")
+    return profile, built_in[profile]
 
 
 def template_environment(folder: Path, escape: bool = False) -> "SandboxedEnvironment":

@@ -37,13 +37,13 @@ _SECRET = re.compile(
     r"(?:(?i:bearer|basic|token)\s+)?(?:\\?\"[^\"\n]*\"|'[^'\n]*'|[^\s,;]+)"
 )
 _COMMENT = re.compile(rf"(?m)(?P<key>#[ \t#-]{{,80}}+(?:[\w-]+\.)*+{_NAME}[ \t]*:[ \t]+)[^\s#]\S*[ \t]*$")
-_ADDRESS = re.compile(r"(?i:https?)?://[^\s\"'<>`]*[^\s\"'<>`.,:;!?)\]}]")
+_URL = re.compile(r"(?i:https?)?://[^\s\"'<>`]*[^\s\"'<>`.,:;!?)\]}]")
 _PASSWORD = re.compile(r"(?<=://)[^@/:]*:(?!\d+/)[^@]+(?=@)")
 _USER_OF_WEB = re.compile(r"(?i)(?<=tps://|ttp://)[^@/?#]+(?=@)")
 _PARAMETER = re.compile(r"([?&;#])(?=[^&;#?])([^=&;#?]*)(=?)([^&;#?]*)")
 _SHOWN = {"download", "revision", "split", "ref", "path", "export", "format", "raw", "dl", "version"}
-"""Parameters of an address that are shown; any other can sign a request."""
-_SHOWN_VALUE = re.compile(r"(?:[\w.,:@/+~-]|%2[0Ff])*")  # not an encoded address with parameters of its own
+"""Parameters of a URL that are shown; any other can sign a request."""
+_SHOWN_VALUE = re.compile(r"(?:[\w.,:@/+~-]|%2[0Ff])*")  # not an encoded URL with parameters of its own
 
 
 def names_secret(key: str) -> bool:
@@ -58,8 +58,8 @@ def is_secret(key: str, value: Any = None) -> bool:
 
 
 def masked(text: str) -> str:
-    """Mask secrets in a text, and parameters of addresses except those of `_SHOWN`."""
-    return _without_tokens(_ADDRESS.sub(_shown_address, text))
+    """Mask secrets in a text, and parameters of URLs except those of `_SHOWN`."""
+    return _without_tokens(_URL.sub(_shown_url, text))
 
 
 def masked_comments(text: str) -> str:
@@ -91,7 +91,7 @@ def without_secrets(value: Any, key: str = "") -> Any:
 def _without_tokens(text: str) -> str:
     for secret in _of_environment():
         text = text.replace(secret, MASK)
-    text = _ADDRESS.sub(_without_password, text)
+    text = _URL.sub(_without_password, text)
     return _SECRET.sub(lambda match: (match["scheme"] or match["key"] or "") + MASK, text)
 
 
@@ -107,20 +107,20 @@ def _is_secret_variable(name: str) -> bool:
 
 
 def _without_password(match: re.Match[str]) -> str:
-    """Address without user and password; other schemes than http can have a name before @."""
+    """URL without user and password; other schemes than http can have a name before @."""
     before, at, behind = match[0].rpartition("@")
     return _USER_OF_WEB.sub(MASK, _PASSWORD.sub(MASK, before + at)) + behind
 
 
-def _shown_address(match: re.Match[str]) -> str:
-    """Address without the values of parameters that are not in `_SHOWN`."""
+def _shown_url(match: re.Match[str]) -> str:
+    """URL without the values of parameters that are not in `_SHOWN`."""
     place, *parameters = re.split("(?=[?#])", match[0], maxsplit=1)
     is_web = not place.startswith("://")
     return place + "".join(_PARAMETER.sub(lambda part: _shown_parameter(part, is_web), text) for text in parameters)
 
 
 def _shown_parameter(match: re.Match[str], is_web: bool) -> str:
-    """Parameter of an address; its value is masked unless `_SHOWN` has its name. Without a name, it is a value."""
+    """Parameter of a URL; its value is masked unless `_SHOWN` has its name. Without a name, it is a value."""
     separator, name, equals, value = match.groups()
     if name in _SHOWN and _SHOWN_VALUE.fullmatch(value):
         return match[0]

@@ -105,7 +105,7 @@ def tokenize_all(report: Report, request: Request) -> None:
         return
     if not has_tokenizer(report.composed):
         checked = shlex.join([request.name, *request.options])
-        command = f"`recipe check {checked} --data --rehearse --set 'datasets.0.split=train[:1000]'`"
+        command = f"`recipe check {checked} --all-rows --rehearse --set 'datasets.0.split=train[:1000]'`"
         remedy = f"{command} takes a small model's"
         report.skip(f"skipped tokenizing the rows: no tokenizer on this machine; {remedy}", "base_model")
         return
@@ -283,7 +283,7 @@ def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[lis
     Raises:
         UserError: the data or the tokenizer is missing, or Axolotl refuses the rows.
     """
-    _need_tokenizer(composed, "--data")
+    _need_tokenizer(composed, "--all-rows")
     findings = check_config(composed, data=True).findings
     refuse([finding for finding in findings if finding.top_key == "datasets" or finding.scope == "code"], force)
     with importing_axolotl():

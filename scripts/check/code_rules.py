@@ -149,7 +149,7 @@ def foreign_code(case: Case) -> Problems:
     is listed here, or takes only numbers and switches. A plugin or prompt strategy is imported even to validate a
     config or to tokenize rows. PEFT imports and unpickles what an adapter_config.json names.
     """
-    written = _with_engine(case.written)
+    written = _with_deepspeed(case.written)
     if isinstance(adapter := written.get("lora_model_dir"), str):
         written["adapter_config"] = ModelFiles.find(adapter, None, case.ask_hub).json("adapter_config.json")
     for key, value in leaves(written):
@@ -158,13 +158,13 @@ def foreign_code(case: Case) -> Problems:
             yield "error", key, f"may run foreign code: {shown} is not on the list of what is harmless", READ_IT
 
 
-def _with_engine(config: Config) -> Config:
+def _with_deepspeed(config: Config) -> Config:
     """Config with the content of its DeepSpeed file."""
-    engine = config.get("deepspeed")
-    if not isinstance(engine, str):
+    deepspeed = config.get("deepspeed")
+    if not isinstance(deepspeed, str):
         return dict(config)
-    name = engine if Path(engine).is_file() else None  # a finding if not JSON: DeepSpeed reads more than JSON
-    return config | {"deepspeed": ModelFiles([], lambda file: read_bytes(Path(file))).json(engine) or name}
+    name = deepspeed if Path(deepspeed).is_file() else None  # a finding if not JSON: DeepSpeed reads more than JSON
+    return config | {"deepspeed": ModelFiles([], lambda file: read_bytes(Path(file))).json(deepspeed) or name}
 
 
 @rule
@@ -174,7 +174,7 @@ def without_consent(case: Case) -> Problems:
     Axolotl deletes the file of dynamic_checkpoint, and saves any text as chat template beside the adapter (seen). It
     copies trackers' hosts into the variables that their clients read, who send the user's token (seen with MLflow).
     """
-    for key, value in leaves(_with_engine(case.written)):
+    for key, value in leaves(_with_deepspeed(case.written)):
         entry = consent.required(key, value)
         if entry and not any(f"{key}.".startswith(f"{change.key}.") for change in case.changes):
             level = entry.get("level", "error")

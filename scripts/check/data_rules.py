@@ -60,8 +60,8 @@ def missing_file(case: Case) -> Problems:
 
 
 def _deepspeed_profile(config: Config) -> str:
-    """Shipped profile for the stage and the offloading in the name of a DeepSpeed file, such as zero3_bf16.json."""
-    profile = gpus.engine_of(config).replace("-", "").lower()
+    """Built-in profile for the stage and the offloading in the name of a DeepSpeed file, such as zero3_bf16.json."""
+    profile = gpus.parallelism_of(config).replace("-", "").lower()
     if profile == "zero3" and gpus.offloads({"deepspeed": config["deepspeed"]}):
         return "zero3-offload"
     return profile
@@ -126,7 +126,7 @@ KEEP_DOCUMENTS_APART = {
 def chat_template(case: Case) -> Problems:
     """Axolotl uses a misspelt file name as the template itself.
 
-    Every prompt then consists of that name, and no token carries loss (seen). Axolotl ignores a data set's
+    Every prompt then consists of that name, and no token is trained on (seen). Axolotl ignores a data set's
     chat_template_jinja if the data set has no chat_template (seen). The default is the template of the tokenizer. The
     tokenizers of pretrained models have no template, except Qwen's. A data set's chat_template overrides the config's
     (utils/chat_templates/base.py and schemas/datasets.py).

@@ -159,7 +159,7 @@ def check_lock() -> Iterator[Line]:
 
 
 def check_hub() -> Iterator[Line]:
-    """Check the token, and access to the base models of the shipped recipes."""
+    """Check the token, and access to the base models of the built-in recipes."""
     if hub.is_offline():
         yield Line("hub", "note", "not checked, because HF_HUB_OFFLINE is set; only cached models and data work")
         return
@@ -186,7 +186,7 @@ def check_hub() -> Iterator[Line]:
 
 
 def base_models() -> list[str]:
-    """Base models of the shipped recipes."""
+    """Base models of the built-in recipes."""
     files = [file for file in map(paths.recipe_file, paths.recipe_names()) if file.is_relative_to(paths.RECIPES)]
     return sorted({str(yamlfiles.read_yaml(file)["base_model"]) for file in files})
 

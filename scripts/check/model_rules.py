@@ -86,7 +86,7 @@ def _access(case: Case, key: str, model: models.Model, is_here: bool) -> Problem
     """Problems with access to a model or its tokenizer."""
     name = case[key]
     if is_here or not isinstance(name, str) or Path(name).is_relative_to(paths.cache()):
-        return  # the stand-in model is created on demand
+        return  # the small model is created on demand
     if Path(name).is_dir():
         yield "error", key, f"{name} contains no weights", "give a folder that save_pretrained wrote"
     elif models.is_path(name):

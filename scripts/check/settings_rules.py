@@ -208,7 +208,7 @@ def no_gpu(case: Case) -> Problems:
 
 
 @rule
-def optimizer_and_engine(case: Case) -> Problems:
+def optimizer_and_parallelism(case: Case) -> Problems:
     """bitsandbytes' optimizers do not support FSDP2's DTensors; Axolotl refuses only two of them.
 
     With offload_optimizer, accelerate replaces the optimizer by DeepSpeed's Adam. DeepSpeed's Adam uses AdamW's
@@ -244,14 +244,14 @@ def packed_weights_cast(case: Case) -> Problems:
         who = "the engine"
         dtype = numbers.autocast
     storage = (case["bnb_config_kwargs"] or {}).get("bnb_4bit_quant_storage", "bfloat16")
-    if dtype is None or storage in (dtype, "uint8", "int8"):  # without autocast, engines cast nothing
+    if dtype is None or storage in (dtype, "uint8", "int8"):  # without autocast, DeepSpeed and FSDP cast nothing
         return
     problem = f"{who} casts the 4-bit weights, stored as {storage}, to {dtype} and destroys them"
     yield level, "bnb_config_kwargs", problem, "add bnb_4bit_quant_storage: uint8, which nothing casts"
 
 
 @rule
-def engine_needs_gpus(case: Case) -> Problems:
+def parallelism_needs_gpus(case: Case) -> Problems:
     """accelerate silently ignores FSDP in a single process (AcceleratorState)."""
     if case.launching and case["fsdp_config"] and case.gpus == 1:
         yield "error", "fsdp_config", "FSDP2 shards a model across GPUs, but this run uses one", "pass --gpus N"
@@ -279,11 +279,11 @@ def secret(case: Case) -> Problems:
 
 
 @rule
-def address_parameter(case: Case) -> Problems:
-    """An unknown parameter of an address can be a signature, and the config is stored in the run's folder."""
+def url_parameter(case: Case) -> Problems:
+    """An unknown parameter of a URL can be a signature, and the config is stored in the run's folder."""
     for key, value in flatten(case.config):
         if not is_secret(key, value) and without_secrets(value) != value:
-            problem = "a parameter of this address can be a secret, and would be stored in the run's folder"
+            problem = "a parameter of this URL can be a secret, and would be stored in the run's folder"
             yield "error", key, problem, "download the file, and name its path"
 
 

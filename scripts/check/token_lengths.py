@@ -14,11 +14,11 @@ from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..config.datafiles import DatasetRef
 from ..config.finding import Faults, Finding
-from ..config.substitution import stands_in
+from ..config.substitution import uses_small_model
 from ..config.training_settings import TrainingSettings
 from ..training.losses import MASKED
 from ..training.row_types import row_type
-from ..training.tokens import Tokenizer, Tokens, packed_sequences, padding, taught_ends, unknown_roles
+from ..training.tokens import Tokenizer, Tokens, end_ids, packed_sequences, padding, unknown_roles
 from .rows import Place, Wording, lines_of, readable
 
 _MOST_REFUSED = 20  # rows of a data set that Axolotl cannot tokenize; finding each takes ten calls or more
@@ -29,7 +29,7 @@ _WORDING = {
     "unknown-role": Wording("warning", "{n} with the role {about}", "correct it, or add it to `roles`"),
     "nothing-learnt": Wording(
         "warning",
-        "{n} without tokens that carry loss (empty answer, or wrong role)",
+        "{n} without tokens to train on (empty answer, or wrong role)",
         "correct or drop these rows",
     ),
 }
@@ -39,8 +39,8 @@ def by_token(content: Config, count: int) -> list[Row]:
     """The first rows of each training data set, tokenized as in training.
 
     Returns:
-        For each row: the data set's key, the row's number and length, the number of tokens that carry loss, a flag for
-        rows longer than sequence_len, token ids, labels, and text. In the text, ⟪ and ⟫ enclose tokens that carry loss.
+        For each row: the data set's key, the row's number and length, the number of tokens trained on, a flag for
+        rows longer than sequence_len, token ids, labels, and text. In the text, ⟪ and ⟫ enclose tokens trained on.
     """
     tokenizer = Tokenizer(content)
     rows = []
@@ -65,7 +65,7 @@ def by_token(content: Config, count: int) -> list[Row]:
 
 
 def _marked_text(tokenizer: Tokenizer, tokens: Tokens) -> str:
-    """Text of a row, with ⟪ and ⟫ around the tokens that carry loss."""
+    """Text of a row, with ⟪ and ⟫ around the tokens trained on."""
     text = ""
     for learnt, pairs in groupby(zip(tokens.ids, tokens.labels, strict=True), lambda pair: pair[1] != MASKED):
         decoded = tokenizer.tokenizer.decode([token for token, _ in pairs], skip_special_tokens=False)
@@ -119,8 +119,8 @@ class _TokenizedSet:
     Attributes:
         rows: number of rows that Axolotl has tokenized.
         sizes: lengths in tokens; the type completion makes several of one row.
-        learnt: numbers of tokens that carry loss.
-        learns_end: an end token carries loss.
+        learnt: numbers of tokens trained on.
+        learns_end: an EOS or end-of-turn token is trained on.
         refused: number of rows that Axolotl cannot tokenize.
     """
 
@@ -128,12 +128,12 @@ class _TokenizedSet:
         self.tokenizer = tokenizer
         self.dataset = dataset
         self.kind = tokenizer.entry(dataset)["type"]
-        self.ends = taught_ends(tokenizer.cfg, tokenizer.tokenizer)
+        self.ends = end_ids(tokenizer.cfg, tokenizer.tokenizer)
         self.rows = 0
         self.sizes: list[int] = []
         self.learnt: list[int] = []
-        # the author of an input_output row writes the end token; the stand-in's tokenizer may not know it
-        self.learns_end = self.kind == "input_output" and stands_in(tokenizer.cfg)
+        # the author of an input_output row writes the EOS token; the small model's tokenizer may not know it
+        self.learns_end = self.kind == "input_output" and uses_small_model(tokenizer.cfg)
         self.refused = 0
         self.faults = Faults()
 
@@ -215,7 +215,7 @@ class _TokenizedSet:
         return sum(size > self.tokenizer.cfg.sequence_len for size in self.sizes)
 
     def _trained_sizes(self) -> list[int]:
-        """Lengths of the rows after Axolotl drops or cuts long rows; packing also drops rows without loss."""
+        """Lengths of the rows after Axolotl drops or truncates long rows; packing also drops rows without loss."""
         cfg = self.tokenizer.cfg
         trained = []
         for size, learnt in zip(self.sizes, self.learnt, strict=True):
@@ -240,7 +240,7 @@ class _TokenizedSet:
             yield Finding("note", "not-checked", f"{key}.path", problem)
         yield from self._long_rows()
         if self.sizes and self.dataset.is_training and not self.learns_end:
-            problem = "no end token carries loss: the model would not learn to stop"
+            problem = "no EOS or end-of-turn token is trained on: the model would not learn to stop"
             yield Finding("warning", "eos-masked", f"{key}.type", problem, "inspect rows with --show-tokens")
 
     def _long_rows(self) -> Iterator[Finding]:
@@ -250,7 +250,7 @@ class _TokenizedSet:
             return
         level = "warning"
         if cfg.excess_length_strategy == "truncate":
-            consequence = "cut"
+            consequence = "truncated"
         elif cfg.excess_length_strategy == "raise":
             level, consequence = "error", "an error"
         else:

@@ -25,7 +25,7 @@ TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that do not
 
 @dataclass
 class Request:
-    """Request for a recipe with changes, from `recipe run` and the verbs that prepare or preview it."""
+    """Request for a recipe with changes, from `recipe run` and the commands that prepare or preview it."""
 
     name: str
     profiles: list[str] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Composed:
     """A config and its origin.
 
     Attributes:
-        origin: the shipped recipe from which a variant or edited copy derives; otherwise the recipe itself.
+        origin: the built-in recipe from which a variant or edited copy derives; otherwise the recipe itself.
         differences: changes from the recipe file to the composed config.
         data: the data files; empty until they are read.
         incompatible: profile keys that do not suit the config, grouped by reason; see `profiles.incompatible_keys`.
@@ -111,16 +111,16 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     recipe, file = paths.find_recipe(request.name)
     content = yamlfiles.read_yaml(file)
     origin = origin_of(recipe, file) or recipe
-    shipped = content
+    built_in = content
     if origin != recipe:
-        shipped = yamlfiles.read_yaml(paths.recipe_file(origin))
-    composition = _Composition(request, gpu, _profiles(request), shipped)
+        built_in = yamlfiles.read_yaml(paths.recipe_file(origin))
+    composition = _Composition(request, gpu, _profiles(request), built_in)
     composition.derive(content, file)
-    of_variant, of_file = composition.differences(shipped), composition.config
+    of_variant, of_file = composition.differences(built_in), composition.config
     composition.mirror()
     composition.apply_profiles()
     composition.apply_overrides()
-    composition.drop_engine()
+    composition.drop_parallelism()
     composition.divide_batch()
     composition.substitute()
     composition.state_precision()
@@ -165,7 +165,7 @@ class _Composition:
     Attributes:
         config: the config so far, at first the origin's.
         sources: source of the last change of each key.
-        sample: the rehearsal profile's keys for the shipped sample.
+        sample: the rehearsal profile's keys for the built-in sample.
         user_settings: settings merged after the rehearsal profile, which a rehearsal keeps, by dotted key.
         incompatible: see `Composed`.
     """
@@ -224,12 +224,12 @@ class _Composition:
             self._adopt(merging.override(self.config, override.key, override.value), override.source)
             self.user_settings |= dict(merging.flatten({override.key: override.value}))
 
-    def drop_engine(self) -> None:
-        """Remove the engine from a rehearsal in one process; keep missing files, which the check reports."""
+    def drop_parallelism(self) -> None:
+        """Remove DeepSpeed or FSDP from a rehearsal in one process; keep missing files, which the check reports."""
         if self.is_rehearsal and self.request.ranks == 1:
-            engine = set(gpus.ENGINE_KEYS).difference(datafiles.missing_paths(self.config))
-            reason = "the rehearsal uses one process; --gpus 2 rehearses the engine too"
-            self._adopt(merging.merge(self.config, dict.fromkeys(engine)), Source("default", detail=reason))
+            parallelism = set(gpus.PARALLELISM_KEYS).difference(datafiles.missing_paths(self.config))
+            reason = "the rehearsal uses one process; --gpus 2 rehearses DeepSpeed or FSDP too"
+            self._adopt(merging.merge(self.config, dict.fromkeys(parallelism)), Source("default", detail=reason))
 
     def divide_batch(self) -> None:
         """Divide the rows of a step among the GPUs."""
@@ -245,7 +245,7 @@ class _Composition:
 
     def state_precision(self) -> None:
         """Replace DeepSpeed's automatic precision by the config's."""
-        stated = numerics.engine_precision(self.config, on_gpu=not self.is_rehearsal)
+        stated = numerics.parallelism_precision(self.config, on_gpu=not self.is_rehearsal)
         self._adopt(stated, Source("default", detail="DeepSpeed reads auto too late for ZeRO-3"))
 
     def state_seed(self) -> None:
@@ -278,10 +278,10 @@ class _Composition:
         return adapted(fragment, self.config, incompatible)
 
     def _rehearsal_changes(self, fragment: Config) -> Config:
-        """Changes of the rehearsal profile; its keys about the shipped sample go to `sample` instead."""
+        """Changes of the rehearsal profile; its keys about the built-in sample go to `sample` instead."""
         from ..data.prepare import default_sample  # only a rehearsal needs what prepares rows
 
-        folders = {"stand_in": str(substitution.folder()), "sample": str(default_sample())}
+        folders = {"small_model": str(substitution.folder()), "sample": str(default_sample())}
         fragment = filled(fragment, folders) | {"bf16": hardware.cpu_has_bf16()}
         self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
         unchanged = datafiles.missing_paths(self.config)  # the check reports a missing path

@@ -281,7 +281,7 @@ def named_files(config: Config) -> list[DataFile]:
     """Local files other than data that a config names, with hashes.
 
     From a model's folder, this function lists settings, tokenizer, and an adapter's weights, but not the base weights.
-    The rehearsal's stand-in, which is created on demand, is left out.
+    The rehearsal's small model, which is created on demand, is left out.
     """
     files = set()
     for key, name in flatten(config):

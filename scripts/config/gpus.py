@@ -1,4 +1,4 @@
-"""GPUs for checks and plans, and engines for training on several GPUs."""
+"""GPUs for checks and plans, and parallelism of trainings on several GPUs."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from ..base.files import read_json
 from ..base.yamlfiles import Config
 from .merging import flatten, merge
 
-ENGINE_KEYS = ("deepspeed", "fsdp_version", "fsdp_config")  # keys of a config
+PARALLELISM_KEYS = ("deepspeed", "fsdp_version", "fsdp_config")  # keys of a config
 SIZE = re.compile(r"(\d{1,3}) ?Gi?B", re.IGNORECASE)  # a memory size, which `recipe plan` accepts in place of a GPU
 CPU_RANKS = "QLORA_RECIPES_CPU_RANKS"  # environment variable that allows several training processes on the CPU
 
@@ -121,8 +121,8 @@ def deepspeed_of(config: Any) -> Config:
     return {"zero_optimization": zero}
 
 
-def engine_of(config: Any) -> str:
-    """Engine for training on several GPUs: DDP, ZeRO-1, ZeRO-2, ZeRO-3 or FSDP."""
+def parallelism_of(config: Any) -> str:
+    """Parallelism of a training on several GPUs: DDP, ZeRO-1, ZeRO-2, ZeRO-3 or FSDP."""
     stage = dict(flatten(deepspeed_of(config))).get("zero_optimization.stage")
     if stage in (1, 2, 3):
         return f"ZeRO-{stage}"
@@ -132,7 +132,7 @@ def engine_of(config: Any) -> str:
 
 
 def offloads(config: Any) -> bool:
-    """True if the engine offloads weights or optimizer state from the GPU."""
+    """True if DeepSpeed or FSDP offloads weights or optimizer state from the GPU."""
     keys = flatten({"deepspeed": deepspeed_of(config), "fsdp": config.get("fsdp_config")})
     devices = ("offload_param.device", "offload_optimizer.device", "offload_params")
     return any(key.endswith(devices) and value not in (None, False, "none") for key, value in keys)

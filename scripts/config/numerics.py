@@ -59,7 +59,7 @@ def precision(config: Config, on_gpu: bool) -> Precision:
     return Precision("float32", None)
 
 
-def engine_precision(config: Config, on_gpu: bool) -> Config:
+def parallelism_precision(config: Config, on_gpu: bool) -> Config:
     """A config whose DeepSpeed settings state the precision instead of "auto".
 
     transformers replaces "auto" only after ZeRO-3 has created an unquantized model. DeepSpeed then keeps all weights in

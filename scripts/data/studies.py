@@ -16,7 +16,7 @@ from ..metrics import registry
 from ..metrics.answers import GroupParameters
 from ..metrics.metric import BenchmarkMetric, Column, LossMetric
 from .declaration import Data, Mistake, Name, Strict, undeclared
-from .published import TRAIN_LOSS, Baseline, Cell, Log, Published, Variant, released
+from .published import TRAIN_LOSS, Ablation, Baseline, GridPoint, Log, Published, released
 
 SCHEMA = paths.RECIPES / "study.schema.json"
 
@@ -47,7 +47,7 @@ class Study(Strict):
         tags: tags for model cards.
         decodings: further decoding configurations by name; their scores appear beside the default's.
         metrics: declarations of the metrics by name, see `columns`.
-        variants: recipes that the authors did not publish.
+        ablations: recipes that the authors did not publish.
         reported: settings that the authors report, at least for one recipe; top-level keys of Axolotl.
         unreported: settings that they leave open in some or all recipes; the likeliest cause of another score first.
         tolerances: acceptable differences from published scores by metric; `train_loss` for a curve.
@@ -64,7 +64,7 @@ class Study(Strict):
     decodings: dict[Name, Decoding] = Field(default={})
     metrics: dict[str, Config | None] = Field(min_length=1)
     published: dict[str, Published] = Field(min_length=1)
-    variants: dict[str, Variant] = Field(default={})
+    ablations: dict[str, Ablation] = Field(default={})
     reported: list[str] = Field(default=[])
     unreported: list[str] = Field(default=[])
     tolerances: dict[str, float] = Field(default={})
@@ -89,8 +89,8 @@ class Study(Strict):
 
     @property
     def recipes(self) -> list[str]:
-        """Names of the published recipes, then of their variants."""
-        return [*self.published, *self.variants]
+        """Names of the published recipes, then of their ablations."""
+        return [*self.published, *self.ablations]
 
     @property
     def generates(self) -> bool:
@@ -118,12 +118,12 @@ class Study(Strict):
         return [name for name in self.data.sources if name not in extra]
 
     def origin(self, recipe: str) -> str:
-        """Published recipe that a variant is based on; other recipes are returned unchanged."""
-        return self.variants[recipe].of if recipe in self.variants else recipe
+        """Published recipe that an ablation is based on; other recipes are returned unchanged."""
+        return self.ablations[recipe].parent if recipe in self.ablations else recipe
 
     def log(self, recipe: str) -> Log | None:
         """Published figures of a recipe's training; None without any."""
-        part = self.variants.get(recipe) or self.published.get(recipe)
+        part = self.ablations.get(recipe) or self.published.get(recipe)
         return part.log if part else None
 
     def repeats(self, recipe: str, metric: str) -> list[float]:
@@ -134,18 +134,18 @@ class Study(Strict):
                 return self.published[name].repeats[metric]
         return []
 
-    def cell(self, recipe: str, changes: Mapping[str, Any]) -> Cell | None:
-        """Published cell for a recipe with changed settings.
+    def grid_point(self, recipe: str, changes: Mapping[str, Any]) -> GridPoint | None:
+        """Published grid point for a recipe with changed settings.
 
-        Its values must be those of the changed recipe, and cover every change.
+        Its settings must be those of the changed recipe, and cover every change.
         """
         published = self.published.get(self.origin(recipe))
-        if published is None or not published.cells:
+        if published is None or not published.grid:
             return None
         changed = {**yamlfiles.read_yaml(paths.recipe_file(recipe)), **changes}
-        for cell in published.cells:
-            if cell.values.items() <= changed.items() and changes.keys() <= cell.values.keys():
-                return cell
+        for grid_point in published.grid:
+            if grid_point.settings.items() <= changed.items() and changes.keys() <= grid_point.settings.keys():
+                return grid_point
         return None
 
     def reported_settings(self, recipe: str) -> set[str]:
@@ -153,9 +153,9 @@ class Study(Strict):
         return {*self.reported} - {*self.published[recipe].unreported}
 
     def reproduced(self, recipe: str) -> str:
-        """Published recipe that a variant reproduces; other recipes are returned unchanged."""
-        variant = self.variants.get(recipe)
-        return variant.of if variant and variant.reproduces else recipe
+        """Published recipe that an ablation reproduces; other recipes are returned unchanged."""
+        ablation = self.ablations.get(recipe)
+        return ablation.parent if ablation and ablation.reproduces else recipe
 
     def aimed_at(self, recipe: str) -> Published:
         """Published results that a recipe should reach; empty for other recipes."""
@@ -172,10 +172,10 @@ class Study(Strict):
             yield from undeclared(("shown", str(i)), name, metrics)
         for name, published in self.published.items():
             yield from published.mistakes(("published", name), metrics, self.data, self.folder)
-        for name, variant in self.variants.items():
-            yield from undeclared(("variants", name, "of"), variant.of, self.published)
-            if variant.log:
-                yield from variant.log.mistakes(("variants", name, "log"), self.folder)
+        for name, ablation in self.ablations.items():
+            yield from undeclared(("ablations", name, "parent"), ablation.parent, self.published)
+            if ablation.log:
+                yield from ablation.log.mistakes(("ablations", name, "log"), self.folder)
         for i, baseline in enumerate(self.baselines):
             yield from baseline.mistakes(("baselines", str(i)), metrics, self.data)
 

@@ -55,7 +55,7 @@ from .scores_file import (
 )
 
 REHEARSED = 12  # maximum number of rows that a rehearsal evaluates
-# Config keys without a field in `EvaluationSettings` that affect the model or the end token of answers.
+# Config keys without a field in `EvaluationSettings` that affect the model or the tokens that end answers.
 BUILT_WITH = ("overrides_of_model_config", "eot_tokens")
 
 
@@ -71,7 +71,7 @@ class EvaluationRequest:
         batch_size: maximum number of rows in a batch, or of simultaneous server requests; None lets the engine choose.
         metrics: values of --metric, added to the study's metrics.
         decoding: name of a decoding configuration in the study; by default the study's default.
-        engine: transformers, vllm, or the address of a vLLM or llama.cpp server.
+        engine: transformers, vllm, or the URL of a vLLM or llama.cpp server.
         model: name of the run's model on the server.
         force: names of the findings about untrusted code to accept; see `trust.refuse_code`.
     """
@@ -89,12 +89,12 @@ class EvaluationRequest:
 
     @property
     def server(self) -> str | None:
-        """Address of the user's server; None for transformers and vllm."""
+        """URL of the user's server; None for transformers and vllm."""
         return None if self.engine in (REFERENCE, VLLM) else self.engine
 
     @property
     def kind_of_engine(self) -> str:
-        """Engine without an address, see `EvaluationSettings`."""
+        """Engine without a URL, see `EvaluationSettings`."""
         return SERVER if self.server else self.engine
 
     @property
@@ -112,7 +112,7 @@ class EvaluationRequest:
             "--batch-size": self.batch_size,
             "--decoding": self.decoding,
             "--engine": self.engine,
-            "--model": self.model,
+            "--served-model": self.model,
         }
         words = []
         for option, value in options.items():

@@ -89,8 +89,8 @@ class Interval:
     def method(self) -> str:
         """Covered variation in words."""
         if self.repeats:
-            count, lowest, highest = len(self.repeats), min(self.repeats), max(self.repeats)
-            runs = f"a borrowed spread of {stdev(self.repeats):.2g} from {count} repeats, {lowest:g} to {highest:g}"
+            published = f"{len(self.repeats)} published repeats, {min(self.repeats):g} to {max(self.repeats):g}"
+            runs = f"a run-to-run standard deviation of {stdev(self.repeats):.2g} from {published}"
         elif self.runs > 1:
             runs = f"{self.runs} runs of one seed" if self.one_seed else f"{self.runs} runs"
         else:
@@ -191,14 +191,14 @@ def interval_of_mean(
         return None
     below = max(score - low for score, (low, _) in zip(scores, within, strict=True))
     above = max(high - score for score, (_, high) in zip(scores, within, strict=True))
-    borrowed = tuple(repeats) if runs == 1 else ()
-    sample = borrowed or scores
+    published = tuple(repeats) if runs == 1 else ()
+    sample = published or scores
     if len(sample) == 1:
         return Interval(mean - below, mean + above)
     of_runs, df = variance(sample) / runs, len(sample) - 1
     low = mean - half_width(of_runs, (below / NORMAL) ** 2, df, MANY)
     high = mean + half_width(of_runs, (above / NORMAL) ** 2, df, MANY)
-    return Interval(low, high, runs=runs, repeats=borrowed)
+    return Interval(low, high, runs=runs, repeats=published)
 
 
 def interval_on_fixed_rows(scores: Sequence[float], repeats: Sequence[float] = ()) -> Interval | None:
@@ -211,9 +211,9 @@ def interval_on_fixed_rows(scores: Sequence[float], repeats: Sequence[float] = (
         repeats: published scores of repeated runs, whose spread a single run borrows; empty, or at least two.
     """
     mean, runs = fmean(scores), len(scores)
-    borrowed = tuple(repeats) if runs == 1 else ()
-    sample = borrowed or scores
+    published = tuple(repeats) if runs == 1 else ()
+    sample = published or scores
     if len(set(sample)) < 2:
         return None
     half = half_width(variance(sample) / runs, 0.0, len(sample) - 1, MANY)
-    return Interval(mean - half, mean + half, over_rows=False, runs=runs, repeats=borrowed)
+    return Interval(mean - half, mean + half, over_rows=False, runs=runs, repeats=published)

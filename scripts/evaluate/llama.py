@@ -3,7 +3,7 @@
 The server generates by OpenAI's protocol. Its own endpoints, /props, /tokenize and /apply-template, show the prompts of
 a chat. Tried with llama.cpp of October 2026:
 
-- The tokens of an answer are in its log-probabilities, with the end token, which its text lacks.
+- The tokens of an answer are in its log-probabilities, with the EOS or end-of-turn token, which its text lacks.
 - Log-probabilities are the model's, before any sampler or `logit_bias`. A bias of 1000 therefore forces a token whose
   log-probability can be read. With `post_sampling_probs`, a forced token has probability 1. A grammar of token ids
   fails with error 500, and `echo` is refused.
@@ -190,10 +190,10 @@ class LlamaServer(Server):
         return self.distance(examples) if reference_runs_here else None
 
     def require_tokens(self, examples: Sequence[Example]) -> None:
-        """Compare end tokens and prompts with the training's, before any answer is generated.
+        """Compare EOS and end-of-turn tokens and prompts with the training's, before any answer is generated.
 
         Raises:
-            UserError: the context is too small, the server does not end answers at an end token of the training, or the
+            UserError: the context is too small, the server does not end answers at a token of the training, or the
                 tokens of a prompt differ.
             WorkFailed: the server does not respond.
         """
@@ -223,9 +223,9 @@ class LlamaServer(Server):
 
     async def _require_ends(self, root: openai.AsyncOpenAI, prompt: list[int]) -> None:
         """Force each token that ends an answer in training, and require that the server then stops."""
-        from ..training.tokens import taught_ends
+        from ..training.tokens import end_ids
 
-        for end in sorted(taught_ends(self.prompter.cfg, self.tokenizer)):
+        for end in sorted(end_ids(self.prompter.cfg, self.tokenizer)):
             if (await self._forced(root, prompt, end, logprobs=1)).finish_reason != "stop":
                 piece = self.tokenizer.convert_ids_to_tokens(end)
                 raise UserError(

@@ -49,7 +49,7 @@ def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> N
 
     Args:
         settings: engine and model.
-        server: server address, for engine `SERVER`.
+        server: server URL, for engine `SERVER`.
         on_gpu: True if the evaluation runs on a GPU.
 
     Raises:
@@ -73,11 +73,11 @@ def start_engine(
     Args:
         prompter: prompter of the run.
         prompts: all prompts.
-        server: server address, for engine `SERVER`.
+        server: server URL, for engine `SERVER`.
         part: file of the predictions; vLLM's log is written beside it.
 
     Raises:
-        UserError: the engine cannot serve the base model, or the address is invalid.
+        UserError: the engine cannot serve the base model, or the URL is invalid.
         WorkFailed: the engine does not start.
     """
     settings = prompter.settings
@@ -121,7 +121,7 @@ def predict(
         cfg: the run's config.
         tokenizer: folder of the training tokenizer.
         part: file of the predictions; a later call continues from it.
-        server: server address, for engine `SERVER`.
+        server: server URL, for engine `SERVER`.
         rehearsal: True for a rehearsal.
 
     Returns:
@@ -218,7 +218,8 @@ def _generate(
 ) -> None:
     """Generate missing predictions; add them to `done` and to the file `part`, after the engine's settings.
 
-    A prediction is marked as cut if it reaches the limit of new tokens and does not end with an end token.
+    A prediction is marked as truncated if it reaches the limit of new tokens without an EOS or end-of-turn
+    token at its end.
     """
     most, ends = engine.settings.decoding.max_new_tokens, engine.ends
     with Bar("evaluating", len(rows), len(done)) as bar, naming(part), opened(part, "ab") as stream:
@@ -228,7 +229,7 @@ def _generate(
                 for i, answer in answers.items():
                     done[i] = rows[i] | {"prediction": answer.text}
                     if len(answer.tokens) >= most and answer.tokens[-1] not in ends:
-                        done[i]["cut"] = True
+                        done[i]["truncated"] = True
                 stream.writelines(json_lines(done[i] for i in answers))
                 stream.flush()
                 bar.update(len(done))

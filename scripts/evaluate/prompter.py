@@ -19,9 +19,9 @@ from ..training.row_types import Chat, row_type
 from ..training.tokens import (
     LOSS_ON_ANSWERS,
     as_trained,
+    end_ids,
     load_strategy,
     require_one_each,
-    taught_ends,
     tokenize,
 )
 from .evaluation_rows import EvaluationRow
@@ -79,7 +79,7 @@ class Prompter:
         ends = config.eos_token_id
         if not isinstance(ends, list):
             ends = [ends]
-        return sorted(taught_ends(self.cfg, self.tokenizer).union(ends) - {None})
+        return sorted(end_ids(self.cfg, self.tokenizer).union(ends) - {None})
 
     def examples(self, rows: Sequence[EvaluationRow]) -> list[Example]:
         """Prompt and reference of each row, written by Axolotl's code as in training.

@@ -31,7 +31,7 @@ ScorerModels = Mapping[str, ScorerModel | None]
 
 
 class StandIn(ScorerModel):
-    """Stand-in for the scorer model in rehearsals."""
+    """Small scorer model in rehearsals."""
 
     @property
     def name(self) -> str:
@@ -113,7 +113,7 @@ def declared_models(columns: Mapping[str, Column]) -> dict[str, ScorerModel]:
 def scorer_model(declared: ScorerModel, requested: str | None, rehearsal: bool) -> ScorerModel | None:
     """Scorer model for BERTScore; None leaves BERTScore out.
 
-    --metric (`requested`) has priority. Otherwise a rehearsal takes the stand-in. Any other run takes the declared
+    --metric (`requested`) has priority. Otherwise a rehearsal takes the small model. Any other run takes the declared
     model, but only if this machine has a copy, because the model is too large to download unasked.
     """
     if requested == "none":

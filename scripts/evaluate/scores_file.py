@@ -449,7 +449,7 @@ class Prediction(BaseModel, strict=True, extra="allow"):
     group: int | str | None = None
     reference: str
     prediction: str
-    cut: bool | None = None
+    truncated: bool | None = None
 
 
 _PREDICTIONS = TypeAdapter(list[Prediction])
@@ -599,10 +599,12 @@ def about_file(file: Path) -> str | None:
 
 
 def notes(evaluation: Evaluation, predictions: Sequence[Row]) -> list[str]:
-    """Notes on the engine, on the scored rows, and on answers that were cut."""
+    """Notes on the engine, on the scored rows, and on truncated answers."""
     notes = [note for note in (evaluation.settings.note, about_rows(evaluation)) if note]
-    cut = sum(bool(row.get("cut")) for row in predictions)
-    if cut:
+    truncated = sum(bool(row.get("truncated")) for row in predictions)
+    if truncated:
         most = evaluation.settings.decoding.max_new_tokens
-        notes.append(f"{cut} of {len(predictions)} answers were cut at {most} new tokens; raise --max-new-tokens")
+        notes.append(
+            f"{truncated} of {len(predictions)} answers were truncated at {most} new tokens; raise --max-new-tokens"
+        )
     return notes

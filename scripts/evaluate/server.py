@@ -127,7 +127,7 @@ class Api:
         try:
             models = {model.id: model for model in asyncio.run(self.models())}
         except (openai.APIError, ValidationError, TimeoutError) as error:
-            remedy = "start vLLM or llama.cpp's server there, or correct the address"
+            remedy = "start vLLM or llama.cpp's server there, or correct the URL"
             if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
                 remedy = f"set {KEY} to the server's key"
             raise UserError(f"--engine {self.url}: {cause(error)}; {remedy}") from None
@@ -138,7 +138,7 @@ class Api:
             problem = f"the server's name is {owner}; only vLLM and llama.cpp's server send the tokens of answers"
             raise UserError(problem, key=f"--engine {self.url}", remedy="start one of these there")
         if name:
-            problem = f"--model {name}: not a model of the server{did_you_mean(name, models)}"
+            problem = f"--served-model {name}: not a model of the server{did_you_mean(name, models)}"
         else:
             problem = "--engine URL: needs --model"
         raise UserError(f"{problem}; its models: {', '.join(models) or 'none'}")
@@ -260,24 +260,24 @@ class Server(Engine):
 
 
 def api_at(url: str) -> Api:
-    """Access to the server at a user's address, with the key from the environment.
+    """Access to the server at a user's URL, with the key from the environment.
 
     Raises:
-        UserError: the address is malformed, or holds a key.
+        UserError: the URL is malformed, or holds a key.
     """
     if set("@?#") & set(url):
-        raise UserError(f"--engine: others can see the user, password or query in the address; set {KEY} instead")
+        raise UserError(f"--engine: others can see the user, password or query in the URL; set {KEY} instead")
     try:
-        address = AnyHttpUrl(url)
+        parsed = AnyHttpUrl(url)
     except ValidationError:
         raise UserError(
-            f"--engine {url}: give transformers, vllm, or a server's address such as http://localhost:8000/v1"
+            f"--engine {url}: give transformers, vllm, or a server's URL such as http://localhost:8000/v1"
         ) from None
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise UserError(f"{KEY}: contains characters that are invalid in a key, such as line breaks; correct it")
-    path = "/v1" if address.path in (None, "/") else ""
-    return Api(f"{str(address).rstrip('/')}{path}/", key or NO_KEY)
+    path = "/v1" if parsed.path in (None, "/") else ""
+    return Api(f"{str(parsed).rstrip('/')}{path}/", key or NO_KEY)
 
 
 def cause(error: Exception) -> str:

@@ -52,7 +52,7 @@ def require(settings: EvaluationSettings, on_gpu: bool) -> None:
     if not list(ENVIRONMENT.glob(".*.lock")):  # which `make vllm` writes last
         raise UserError(
             f"--engine vllm: vLLM is not installed in {ENVIRONMENT}; run `make vllm` in a checkout of this project, or "
-            "start a vLLM server yourself, and name its address with --engine"
+            "start a vLLM server yourself, and name its URL with --engine"
         )
     if on_gpu == for_cpu():
         raise UserError(

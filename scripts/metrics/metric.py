@@ -264,7 +264,7 @@ class CorpusMetric(Metric):
 class LossParameters(Parameters):
     """Kind of eval loss: per token, or the Trainer's own; see `EvalLosses`."""
 
-    of: Literal["tokens", "trainer"] = "tokens"
+    by: Literal["tokens", "trainer"] = "tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,4 +360,4 @@ class Column:
 
 def is_of_trainer(column: Column) -> bool:
     """True if a column's metric takes the Trainer's own eval loss."""
-    return isinstance(column.parameters, LossParameters) and column.parameters.of == "trainer"
+    return isinstance(column.parameters, LossParameters) and column.parameters.by == "trainer"

@@ -79,7 +79,7 @@ _TAKEN = (
     *("rows", "intervals", "metrics", "notes", "empty", "repeated", "bertscore"),
     *("row", "idx", "lang", "group", "reference", "prediction", "prompt", "prompt_token_ids"),
     *("run", "recipe", "variant_of", "study", "state", "jobs", "step", "steps", "ended", "verdict", "differs", "open"),
-    *("rehearsal", "test_set", "rows_evaluated", "memory", "time", "member", "values", "runs", "states", "seeds"),
+    *("rehearsal", "test_set", "rows_evaluated", "memory", "time", "trial", "settings", "runs", "states", "seeds"),
 )
 """Keys with another meaning in predictions.jsonl and `--json` outputs."""
 

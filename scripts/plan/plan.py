@@ -9,7 +9,7 @@ from ..base.yamlfiles import Config
 from ..check import check
 from ..config.compose import Composed, Request, compose
 from ..config.finding import Finding, override_errors, refuse
-from ..config.gpus import ENGINE_KEYS, Gpu, engine_of, offloads
+from ..config.gpus import PARALLELISM_KEYS, Gpu, offloads, parallelism_of
 from ..config.merging import merge
 from ..config.training_settings import TrainingSettings
 from ..data import studies
@@ -100,7 +100,7 @@ class Plan:
         parameters: parameter counts by kind of layer.
         gpus: the requested GPU, or one GPU for each of `SIZES`.
         changes: changes for a config that does not fit the requested GPU, mildest first.
-        per_gpu: bytes on each of several GPUs, by engine.
+        per_gpu: bytes on each of several GPUs, by parallelism.
         notes: limits of the figures.
         log: published log of the recipe, beside a plan with the log's inputs.
     """
@@ -162,7 +162,7 @@ def _log(composed: Composed, gpu: Gpu | None, training: Work) -> ComparedLog | N
     if declared and planned.log.is_of_recipe:
         tokens = training.tokens if training.tokens_are is TokenCount.COUNTED else None
         equal = tokens == declared.tokens
-        compared.figures.append(Compared("tokens", tokens, declared.tokens, equal, "counted with --data"))
+        compared.figures.append(Compared("tokens", tokens, declared.tokens, equal, "counted with --all-rows"))
     return compared if compared.figures else None
 
 
@@ -200,9 +200,9 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
     """
     step_plan, notes = plan_step(config, gpu)
     memory = step_plan.memory
-    engines = per_gpu(step_plan, gpus)
+    sizes = per_gpu(step_plan, gpus)
     if gpus > 1:
-        notes.append(f"fits: computed with the memory per GPU under {engine_of(config)}")
+        notes.append(f"fits: computed with the memory per GPU under {parallelism_of(config)}")
     if memory.paged:  # bitsandbytes allocates paged state in CUDA's unified memory (cudaMallocManaged)
         notes.append(
             f"{memory.paged / GIB:.2f} GiB of paged optimizer state moves to main memory when the GPU is full; the "
@@ -223,7 +223,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
         trainable_share=trainable / (frozen + trainable),
         memory=peak,
         gpus=fits,
-        per_gpu=engines,
+        per_gpu=sizes,
         notes=notes,
     )
     if len(targets) == 1 and not fits[0].fits:
@@ -324,8 +324,8 @@ def add_memory_finding(report: check.Report, gpu: Gpu | None, gpus: int | None =
 
 def _not_planned(config: Config, gpus: int | None) -> Finding | None:
     """Note on a config that plans do not support, or only for a known number of GPUs."""
-    if gpus is None and any(config.get(key) for key in ENGINE_KEYS):
-        return _unknown(f"{engine_of(config)} needs the number of GPUs; run `recipe plan NAME --gpus N`")
+    if gpus is None and any(config.get(key) for key in PARALLELISM_KEYS):
+        return _unknown(f"{parallelism_of(config)} needs the number of GPUs; run `recipe plan NAME --gpus N`")
     if offloads(config) or steps.split_keys(config):
         return _unknown("plans do not support offloading to main memory, nor this way of splitting the model")
     return None
@@ -346,6 +346,6 @@ def _memory_finding(config: Config, gpu: Gpu, gpus: int, trace: bool) -> Finding
     usable = usable_gib(gpu)
     if needed <= usable:
         return None
-    place = f" on each of {gpus} GPUs under {engine_of(config)}" if gpus > 1 else ""
+    place = f" on each of {gpus} GPUs under {parallelism_of(config)}" if gpus > 1 else ""
     problem = f"a full batch needs {needed:.1f} GiB{place}; {usable:.1f} GiB of {gpu} are usable"
     return Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan NAME` lists changes that help")

@@ -1,6 +1,6 @@
-"""Shipped or cached memory of a training step, and memory of a config on each GPU.
+"""Built-in or cached memory of a training step, and memory of a config on each GPU.
 
-Reading a shipped or cached step does not import torch.
+Reading a built-in or cached step does not import torch.
 """
 
 import logging
@@ -19,7 +19,7 @@ from ..base.files import digest, read_json, write_json
 from ..base.hardware import GIB
 from ..base.yamlfiles import Config
 from ..config import models
-from ..config.gpus import Gpu, engine_of
+from ..config.gpus import Gpu, parallelism_of
 from ..config.numerics import attention, precision
 from ..config.training_settings import TrainingSettings
 from . import allocator, steps
@@ -27,9 +27,9 @@ from .allocator import Counts, Shape, Usage, rounded
 from .steps import Step
 
 VERSION = 3
-"""Version of the shipped and cached figures; raise it when the computation changes."""
-SHIPPED = Path(__file__).with_name("plans.json")
-"""Memory of the shipped recipes' steps, by `StepPlan.key`; tools/plans.py writes it."""
+"""Version of the built-in and cached figures; raise it when the computation changes."""
+BUILT_IN = Path(__file__).with_name("plans.json")
+"""Memory of the built-in recipes' steps, by `StepPlan.key`; tools/plans.py writes it."""
 CONTEXT = 0.14 * GIB
 """Memory of the CUDA context: 133 to 147 MiB in fitcheck's published runs on a T4 (process minus allocator)."""
 ROUND = 64
@@ -48,9 +48,9 @@ def packages() -> dict[str, str]:
 
 
 @cache
-def shipped() -> dict[str, Any]:
-    """Shipped figures by key; empty for a damaged file."""
-    return read_json(SHIPPED).get("plans", {})
+def built_in() -> dict[str, Any]:
+    """Built-in figures by key; empty for a damaged file."""
+    return read_json(BUILT_IN).get("plans", {})
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,15 @@ class StepPlan:
 
     @cached_property
     def stored(self) -> Memory | None:
-        """Memory from a shipped or an earlier plan, or None."""
+        """Memory from a built-in or an earlier plan, or None."""
         with suppress(KeyError, TypeError):  # missing or damaged file
-            content = shipped().get(self.key) or read_json(self.file)
+            content = built_in().get(self.key) or read_json(self.file)
             return Memory(**content | {"usage": Usage(**content["usage"])})
         return None
 
     @cached_property
     def memory(self) -> Memory:
-        """Memory of the step, from a shipped plan, the cache or a new trace.
+        """Memory of the step, from a built-in plan, the cache or a new trace.
 
         Raises:
             UserError: the step cannot be traced.
@@ -167,12 +167,12 @@ def plan_step(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[S
 
 
 def required_gib(config: Config, gpu: Gpu | None = None, trace: bool = False, gpus: int = 1) -> float | None:
-    """GiB that a config needs on each GPU; None if no plan is shipped or cached.
+    """GiB that a config needs on each GPU; None if no plan is built in or cached.
 
     Args:
         config: the config.
         gpu: see `plan_step`.
-        trace: make a plan if none is shipped or cached.
+        trace: make a plan if none is built in or cached.
         gpus: number of GPUs.
 
     Raises:
@@ -185,8 +185,8 @@ def required_gib(config: Config, gpu: Gpu | None = None, trace: bool = False, gp
 
 
 def needed_per_gpu(step_plan: StepPlan, config: Config, gpus: int) -> float:
-    """Bytes that a config needs on each of its GPUs, under its engine."""
-    return per_gpu(step_plan, gpus).get(engine_of(config), step_plan.required)
+    """Bytes that a config needs on each of its GPUs, under its parallelism."""
+    return per_gpu(step_plan, gpus).get(parallelism_of(config), step_plan.required)
 
 
 def least_capability(config: Config) -> tuple[int, int]:
@@ -196,7 +196,7 @@ def least_capability(config: Config) -> tuple[int, int]:
 
 
 def per_gpu(step_plan: StepPlan, gpus: int) -> dict[str, float]:
-    """Required bytes on each of several GPUs, by engine, derived from one GPU's peak.
+    """Required bytes on each of several GPUs, by parallelism, derived from one GPU's peak.
 
     DDP keeps a second copy of the gradients in buckets.
 
@@ -209,8 +209,8 @@ def per_gpu(step_plan: StepPlan, gpus: int) -> dict[str, float]:
     same dtype; bitsandbytes' optimizers do not work. Under QLoRA, embeddings and head are in fp32
     (should_convert_embedding_dtypes in axolotl/loaders/model.py).
 
-    Stage 3 and FSDP gather one layer or embedding at a time. No engine shards activations and logits. The estimate
-    ignores all other buffers of the engines.
+    Stage 3 and FSDP gather one layer or embedding at a time. None of them shards activations and logits. The estimate
+    ignores all other buffers.
     """
     if gpus == 1:
         return {}
@@ -225,12 +225,12 @@ def per_gpu(step_plan: StepPlan, gpus: int) -> dict[str, float]:
     largest_layer = max((frozen + in_zero) / memory.sizes["layers"], embeddings)
     gathered = largest_layer * (1 - 1 / gpus)
     in_fsdp, upcast = _trained_under_fsdp(step_plan), _upcast_under_fsdp(step_plan)
-    engines = {"DDP": step_plan.required + parts["gradients"]}
-    engines["ZeRO-1"] = rest + frozen + 2 * in_zero + copies
-    engines["ZeRO-2"] = rest + frozen + in_zero + in_zero / gpus + copies
-    engines["ZeRO-3"] = rest + (frozen + 2 * in_zero) / gpus + copies + gathered
-    engines["FSDP"] = rest + (frozen + upcast + 4 * in_fsdp) / gpus + gathered  # weights, gradients, two states
-    return engines
+    sizes = {"DDP": step_plan.required + parts["gradients"]}
+    sizes["ZeRO-1"] = rest + frozen + 2 * in_zero + copies
+    sizes["ZeRO-2"] = rest + frozen + in_zero + in_zero / gpus + copies
+    sizes["ZeRO-3"] = rest + (frozen + 2 * in_zero) / gpus + copies + gathered
+    sizes["FSDP"] = rest + (frozen + upcast + 4 * in_fsdp) / gpus + gathered  # weights, gradients, two states
+    return sizes
 
 
 def _state_under_zero(step_plan: StepPlan) -> float:

@@ -100,10 +100,10 @@ def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
     """
     for dataset in datafiles.training_sets(composed.config):
         if not any(file.is_file() for file in datafiles.local_files(dataset.entry)):
-            raise UserError(f"--data: {dataset.key}: its rows are not on this machine; leave --data out")
+            raise UserError(f"--all-rows: {dataset.key}: its rows are not on this machine; leave --all-rows out")
     sizes, padding = check.training_lengths(composed, force)
     if not sizes:
-        raise UserError("--data: sequence_len and val_set_size leave no training rows; leave --data out")
+        raise UserError("--all-rows: sequence_len and val_set_size leave no training rows; leave --all-rows out")
     tokens = sum(sizes)
     return Lengths(len(sizes), tokens, round(tokens / (1 - padding)), TokenCount.COUNTED)
 

@@ -296,7 +296,7 @@ def card(result: RunResult, merged: bool, repository: str | None) -> str:
 def _template() -> Any:
     jinja = template_environment(paths.TEMPLATES)
     jinja.filters |= {
-        "address": _address,
+        "link": _link,
         "code": _code,
         "fenced": _fenced,
         "prose": _prose,
@@ -382,6 +382,6 @@ def _prose(text: Any) -> str:
     return re.sub(r"^(?=[#+=-])|^(\d+)(?=[.)](?: |$))", r"\1\\", escaped)
 
 
-def _address(url: str) -> str:
-    """HTTP address, quoted for a Markdown link; empty for any other scheme."""
+def _link(url: str) -> str:
+    """HTTP URL, quoted for a Markdown link; empty for any other scheme."""
     return quote(url, safe="%/:?#=&@+,;~") if re.match("https?://", url) else ""

@@ -54,7 +54,7 @@ def export_predictions(study: Study, rows: Sequence[Row]) -> list[Path]:
         rows: scores from `reproduce.score_predictions`.
     """
     files = []
-    for name, scored in groupby(rows, key=lambda row: str(row["of"])):
+    for name, scored in groupby(rows, key=lambda row: str(row["name"])):
         record = _record_of_predictions(study, name, [*scored])
         files.append(_written(record, study.folder.name))
     return files
@@ -74,7 +74,7 @@ def _record_of_predictions(study: Study, name: str, scored: Sequence[Row]) -> Re
     texts = b"".join(orjson.dumps([row["reference"], row["prediction"]]) + b"\n" for row in predictions)
     content = {
         "made": datetime.now(UTC).date(),
-        "of": name,
+        "name": name,
         "revision": _revision(collect()),
         "scores": {row["metric"]: _score_of(row) for row in scored},
         "invalidated": None,
@@ -119,7 +119,7 @@ def _refusal(result: RunResult) -> str | None:
         if not settings.stands_for(settings.model_copy(update={"engine": REFERENCE})):
             return f"its predictions were {settings.note}"
     changes = other_training(run)
-    if changes and not result.cell:
+    if changes and not result.grid_point:
         return f"it differs from the recipe in {', '.join(changes)}"
     return None
 
@@ -156,7 +156,7 @@ def record_of_run(result: RunResult) -> Record:
         moment = run.launches[-1].ended
     content: Row = {
         "made": str(moment)[:10],
-        "of": run.origin,
+        "name": run.origin,
         "settings_sha256": score_records.settings_sha256(run.origin),
         "config_sha256": run.digest,
         "adapter_sha256": None,
@@ -177,7 +177,7 @@ def record_of_run(result: RunResult) -> Record:
     if not run.published_adapter:
         content |= {
             "stage": "training",
-            "values": result.cell.values if result.cell and other_training(run) else {},
+            "settings": result.grid_point.settings if result.grid_point and other_training(run) else {},
             "seed": TrainingSettings.of(result.config).seed,
             "seconds": result.summary.train_seconds,
             "peak_gib": result.summary.peak_memory,

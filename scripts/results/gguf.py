@@ -60,7 +60,7 @@ def write_modelfile(result: RunResult, file: Path, exact: Path) -> list[Path]:
     context = int(result.config.get("sequence_len") or 0) + decoding.max_new_tokens
     alias = shlex.quote(exact.stem)
     say(f"to serve f16: llama-server -m {shlex.quote(str(exact))} --alias {alias} -np 4 -c {4 * context}")
-    say(f"to compare it: recipe evaluate {result.folder.quoted} --engine http://localhost:8080 --model {alias}")
+    say(f"to compare it: recipe evaluate {result.folder.quoted} --engine http://localhost:8080 --served-model {alias}")
     with importing_axolotl(offline=True):
         from ..training.tokens import prompt_text
 

@@ -16,7 +16,7 @@ from ..training.run_record import Summary
 from .run_result import RunResult, RunScore
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown without a loss per token
-REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
+REHEARSALS = "Rehearsals (small model, few rows; not comparable with any published score)"
 _FILES = "GGUF files, each below the adapter that it was made of; a quantized file is not refused for its KL"
 _BELOW = ("scored", "trouble", "changed", "variant of", "jobs", "predictions", "adapter", "not compared", "recipe file")
 
@@ -66,7 +66,7 @@ def record(result: RunResult) -> Row:
         "other_data": result.other_data,
         "tokens_per_second": summary.tokens_per_second,
         "train_seconds": summary.train_seconds,
-        "changed_keys": ", ".join(result.changed_keys),
+        "changed": result.changes,
         "recipe_note": run.recipe_note,
     }
 
@@ -171,7 +171,7 @@ def cells(result: RunResult, columns: Mapping[str, Column]) -> Row:
         "not compared": result.incomparable_loss,
         "recipe file": run.recipe_note,
         "variant of": run.variant_of,
-        "changed": ", ".join(result.changed_keys) or None,
+        "changed": ", ".join(result.changes) or None,
     }
 
 

@@ -54,7 +54,7 @@ def publish(
         force: names of the findings about untrusted code to accept.
 
     Returns:
-        Files of the written cards and of GGUF and, after a push, the address of the repository.
+        Files of the written cards and of GGUF and, after a push, the URL of the repository.
 
     Raises:
         UserError: the run has no adapter to publish or must not be pushed, its config names untrusted code, disk
@@ -200,9 +200,9 @@ def _convert(folder: RunDir, record: Run, words: Sequence[object], output: Path,
     """
     substitution.restore(folder.config)
     command, *options = words
-    verb = str(command).partition("-")[0]
+    name = str(command).partition("-")[0]
     axolotl = [launch.AXOLOTL, command, folder.config_file.resolve(), *options]
-    log = folder.path / f"{verb}.log"
+    log = folder.path / f"{name}.log"
     environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", **environment}
     if record.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -212,7 +212,7 @@ def _convert(folder: RunDir, record: Run, words: Sequence[object], output: Path,
         code = child.wait()
     if code or not any(output.parent.glob(output.name)):
         tail = log.read_text(errors="replace").splitlines()[-15:]
-        raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not {verb}; complete log: {log}"]))
+        raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not {name}; complete log: {log}"]))
 
 
 def _refuse_push(folder: RunDir, run: Run, repository: str) -> None:
@@ -220,7 +220,7 @@ def _refuse_push(folder: RunDir, run: Run, repository: str) -> None:
     if not hub.NAME.fullmatch(repository):
         raise UserError("expected OWNER/NAME, of letters, digits, -, _ and .", key=f"--push {repository}")
     if run.rehearsal:
-        problem = f"{folder.path} is a rehearsal with a stand-in model"
+        problem = f"{folder.path} is a rehearsal with a small model"
         raise UserError(problem, key="--push", remedy="push a real run")
     base = base_model(folder, run)
     if base.is_local:
@@ -229,7 +229,7 @@ def _refuse_push(folder: RunDir, run: Run, repository: str) -> None:
 
 
 def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
-    """Upload a model's folder and return the repository's address."""
+    """Upload a model's folder and return the repository's URL."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -238,7 +238,7 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
     say(f"upload: {', '.join(names)}")
     try:
         # None leaves the decision to an organization's default; False would not
-        address = api.create_repo(repository, private=private or None, exist_ok=True)
+        url = api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.repo_info(repository).private:
             problem = f"{repository} exists and is public"
             raise UserError(problem, key="--private", remedy="make it private on the hub first")
@@ -256,4 +256,4 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
         raise WorkFailed(
             f"{repository}: not pushed: {reason}\n{model / CARD} is written; repeat the command to push"
         ) from None
-    return str(address)
+    return str(url)

@@ -12,7 +12,7 @@ from ..config.compose import REHEARSAL
 from ..config.merging import Difference, Source
 from ..data import manifest, studies
 from ..data.manifest import is_the_studys
-from ..data.published import Cell, Published, PublishedScore
+from ..data.published import GridPoint, Published, PublishedScore
 from ..data.studies import Study
 from ..evaluate.score import by_declared_model, columns_of
 from ..evaluate.scores_file import BASE, Changed, Evaluation, changed, find_evaluation, read_scores, served_evaluations
@@ -139,10 +139,10 @@ class RunResult:
         return self.run.launches[-1].error
 
     @property
-    def changed_keys(self) -> list[str]:
-        """Keys that the user changed, without those of trackers."""
-        keys = [difference.key for difference in self.run.differences if not _is_rehearsed(difference.source)]
-        return [key for key in keys if not merging.TRACKING.match(key)]
+    def changes(self) -> Config:
+        """Settings that the user changed, with the run's values; without those of trackers."""
+        differences = [change.without_secrets() for change in self.run.differences if not _is_rehearsed(change.source)]
+        return {change.key: change.run for change in differences if not merging.TRACKING.match(change.key)}
 
     @property
     def rows_evaluated(self) -> int | None:
@@ -258,7 +258,7 @@ class RunResult:
 
     @cached_property
     def other_model(self) -> str | None:
-        """Base model of the run; None if it is the recipe's model, a copy of it, or a rehearsal's stand-in."""
+        """Base model of the run; None if it is the recipe's model, a copy of it, or a rehearsal's small model."""
         for difference in self.run.from_origin:
             if difference.key == "base_model" and not models.is_copy(difference.run, difference.recipe):
                 return None if self.run.rehearsal else str(difference.run)
@@ -287,11 +287,11 @@ class RunResult:
         return False
 
     @property
-    def cell(self) -> Cell | None:
+    def grid_point(self) -> GridPoint | None:
         """Published grid point with the settings of the run; None for a rehearsal, or without one."""
         if self.study is None or self.run.rehearsal:
             return None
-        return self.study.cell(self.run.origin, other_training(self.run))
+        return self.study.grid_point(self.run.origin, other_training(self.run))
 
     @property
     def is_of_something_else(self) -> bool:

@@ -77,7 +77,7 @@ class Record(_Strict):
 
     Attributes:
         made: the day (UTC) of the scoring, or of a failed training run.
-        of: the study's recipe or baseline.
+        name: the study's recipe or baseline.
         revision: the project's commit, with + for uncommitted changes; None outside a checkout.
         scores: scores by metric name in study.yaml, on the same test set as the published scores.
         invalidated: proof that the record is wrong. No other field may change later.
@@ -86,14 +86,14 @@ class Record(_Strict):
         config_sha256: hash of the run's config and data, as in run.json.
         profiles: profiles of `PROFILES` merged into the recipe.
         gpu: name in gpus.yaml, or a capability such as sm_86.
-        values: settings of the cell in study.yaml that the run reproduces; empty for the recipe's own settings.
+        settings: settings of the grid point in study.yaml that the run reproduces; empty for the recipe's own settings.
         seconds: time of the training steps, without evaluation and saving.
         peak_gib: measured memory of one GPU.
     """
 
     version: Literal[3] = 3
     made: Annotated[date, Field(strict=False)]
-    of: str
+    name: str
     revision: str | None = Field(pattern=r"^[0-9a-f]{40}\+?$")
     scores: dict[str, Score]
     invalidated: Invalidation | None = None
@@ -108,13 +108,13 @@ class Record(_Strict):
     packages: dict[Package, Version] = {}
     gpus: int = Field(default=1, ge=1)
     gpu: Annotated[str, _known(lambda: [*catalogue(), *(gpu.sm for gpu in catalogue().values())])] | None = None
-    values: dict[str, float] = {}
+    settings: dict[str, float] = {}
     seed: int | None = None
     seconds: float | None = Field(default=None, ge=0)
     peak_gib: Positive | None = None
 
     @model_validator(mode="after")
-    def _is_whole(self) -> Self:
+    def _has_required_fields(self) -> Self:
         if self.stage == "predictions":
             required = ["scores", "texts_sha256", "rows"]
         elif self.outcome == "finished":
@@ -130,7 +130,7 @@ class Record(_Strict):
     @property
     def is_outdated(self) -> bool:
         """True if the recipe's settings have changed since the run."""
-        return self.settings_sha256 is not None and self.settings_sha256 != settings_sha256(self.of)
+        return self.settings_sha256 is not None and self.settings_sha256 != settings_sha256(self.name)
 
     @property
     def defect(self) -> str | None:
@@ -161,7 +161,7 @@ class Record(_Strict):
 
     def file_name(self) -> str:
         """File name: recipe or baseline, hardware, and a hash of the content without `invalidated`."""
-        name = re.findall("[a-z0-9.]+", f"{self.of.partition('/')[2] or self.of} {self.where}".lower())
+        name = re.findall("[a-z0-9.]+", f"{self.name.partition('/')[2] or self.name} {self.where}".lower())
         content = self.model_copy(update={"invalidated": None}).text()
         return f"{'-'.join([*name, hashlib.sha256(content.encode()).hexdigest()[:12]])}.json"
 
@@ -199,12 +199,12 @@ def _undeclared(record: Record, study: Study) -> Iterator[str]:
     names = study.recipes
     if record.stage == "predictions":
         names += [baseline.name for baseline in study.baselines]
-    if record.of not in names:
-        yield f"of: {record.of} does not belong to the study {study.folder.name}"
+    if record.name not in names:
+        yield f"name: {record.name} does not belong to the study {study.folder.name}"
     elif unknown := record.scores.keys() - study.columns.keys():
         yield f"scores: {', '.join(unknown)} is not a metric of the study"
-    elif record.values and not study.cell(record.of, record.values):
-        yield f"values: {record.values} is not a published cell of {record.of}"
+    elif record.settings and not study.grid_point(record.name, record.settings):
+        yield f"settings: {record.settings} is not a published grid point of {record.name}"
 
 
 def records(study: Study) -> list[Record]:
@@ -222,7 +222,7 @@ def records(study: Study) -> list[Record]:
     return valid
 
 
-def shipped_records(study: Study) -> list[Record]:
+def built_in_records(study: Study) -> list[Record]:
     """Read the records beside study.yaml.
 
     Raises:
@@ -241,32 +241,32 @@ class Status:
     """Status of a published number.
 
     Attributes:
-        of: the recipe or baseline.
-        values: the settings of a cell in study.yaml; empty for the recipe's own settings.
+        name: the recipe or baseline.
+        settings: the settings of a grid point in study.yaml; empty for the recipe's own settings.
         metric: name of the metric.
         published: the number as text, with its ± if known; or the numbers of several runs.
         status: the furthest stage with a valid score, its GPUs and seeds, failed runs, and invalidated records.
         here: the mean score at that stage; or a single score with its 95 % interval.
     """
 
-    of: str
-    values: Config
+    name: str
+    settings: Config
     metric: str
     published: str
     status: str = NOT_RUN
     here: str | None = None
 
     @property
-    def cell(self) -> str | None:
+    def options(self) -> str | None:
         """The settings as --set options; None for the recipe's own settings."""
-        return " ".join(f"--set {key}={value}" for key, value in self.values.items()) or None
+        return " ".join(f"--set {key}={value}" for key, value in self.settings.items()) or None
 
 
 def statuses(study: Study, records: Sequence[Record]) -> list[Status]:
     """Statuses of a study's published numbers."""
     numbers = list(_numbers(study))
     for number in numbers:
-        _add_records(number, [record for record in records if study.reproduced(record.of) == number.of])
+        _add_records(number, [record for record in records if study.reproduced(record.name) == number.name])
     return numbers
 
 
@@ -276,11 +276,11 @@ def _numbers(study: Study) -> Iterator[Status]:
         for metric, score in published.scores.items():
             yield Status(name, {}, metric, str(score))
         settings = _settings(name)
-        for cell in published.cells:
-            if cell.values.items() <= settings.items():
+        for point in published.grid:
+            if point.settings.items() <= settings.items():
                 continue
-            for metric, scores in cell.scores.items():
-                yield Status(name, cell.values, metric, ", ".join(map(str, scores)))
+            for metric, scores in point.scores.items():
+                yield Status(name, point.settings, metric, ", ".join(map(str, scores)))
     for baseline in study.baselines:
         for metric, score in baseline.scores.items():
             yield Status(baseline.name, {}, metric, str(score))
@@ -298,7 +298,7 @@ def _add_records(number: Status, records: Sequence[Record]) -> None:
     """Add the records of a published number's recipe to its status."""
     scored, defects = [], []
     for record in records:
-        if record.values != number.values:
+        if record.settings != number.settings:
             continue
         defect = record.defect
         if defect:

@@ -17,7 +17,7 @@ from .listing import REHEARSALS
 from .score_records import Status
 from .verdict import MetricRow, StudyRow
 
-RECORDS = "Published numbers: submitted records, and cells with other settings"
+RECORDS = "Published numbers: submitted records, and grid points with other settings"
 COSTS = "Other scores, and costs of the runs"
 CURVES = "Our training loss minus the published one: mean and largest gap, and its step"
 _HEADINGS = {
@@ -29,7 +29,7 @@ _HEADINGS = {
 
 
 def show_study(study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bool, tuned: Sequence[Row] = ()) -> None:
-    """Print a study's results, and records of its published numbers; JSON also has the best member of each sweep."""
+    """Print a study's results, and records of its published numbers; JSON also has the best trial of each sweep."""
     if not rows and not json:
         say("no recipe of the study has been rehearsed yet; run `recipe reproduce STUDY --rehearse`")
         return
@@ -40,7 +40,7 @@ def show_study(study: Study, rows: Sequence[StudyRow], rehearsal: bool, json: bo
         numbers = score_records.statuses(study, score_records.records(study))
         remarks = notes(study, rows)
     for fields in records:
-        fields["records"] = [asdict(number) for number in numbers if number.of == fields["recipe"]]
+        fields["records"] = [asdict(number) for number in numbers if number.name == fields["recipe"]]
         fields["tuned"] = [best for best in tuned if best["recipe"] == fields["recipe"]]
     tables.show(json, records, [*tables_of(study, rows, rehearsal), _records_table(study, numbers)], remarks)
 
@@ -65,7 +65,7 @@ def record(row: StudyRow) -> Row:
     for key in ("mean", "largest", "step"):
         fields[f"train_loss_gap_{key}"] = getattr(row.gap, key, None)
     fields |= {"train_loss_verdict": row.gap_verdict, "gpu_hours": row.gpu_hours}
-    fields |= {"differs": row.differs, "open": row.open}
+    fields |= {"differs": row.differs, "unreported": row.unreported}
     if row.chosen:
         fields |= {
             "run": str(row.chosen.folder.path),
@@ -81,8 +81,8 @@ def _records_table(study: Study, numbers: Sequence[Status]) -> Table:
     """Table of the published numbers that are in no other table, and of those with records."""
     rows = []
     for number in numbers:
-        if number.values or number.status != score_records.NOT_RUN:
-            rows.append(asdict(number) | {"values": number.cell, "metric": study.columns[number.metric].label})
+        if number.settings or number.status != score_records.NOT_RUN:
+            rows.append(asdict(number) | {"settings": number.options, "metric": study.columns[number.metric].label})
     return Table(rows, RECORDS, below=["status"])
 
 
@@ -227,8 +227,8 @@ def _row_notes(study: Study, row: StudyRow) -> Iterator[str]:
         off.append("training loss")
     if off:
         note = f"{row.recipe} is off in {' and '.join(off)}."
-        if row.open:
-            note += f" The paper leaves these settings open: {'; '.join(row.open)}"
+        if row.unreported:
+            note += f" Unreported hyperparameters: {'; '.join(row.unreported)}"
         yield note
 
 

@@ -18,7 +18,7 @@ from ..evaluate.scores_file import about_rows
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..study.pipeline import existing_runs
-from ..study.sweep import Sweep, SweepMember, default_columns
+from ..study.sweep import Sweep, Trial, default_columns
 from ..training.run_record import Summary
 from . import repeats
 from .listing import REHEARSALS
@@ -33,17 +33,17 @@ Costs = tuple[float, float]  # peak memory in GiB, and eval loss
 
 @dataclass
 class SweepRow:
-    """Results of the members of a sweep that differ only in seed.
+    """Results of the trials of a sweep that differ only in seed.
 
     Attributes:
-        member: the first member.
-        runs: existing runs of the members.
+        trial: the first trial.
+        runs: existing runs of the trials.
         columns: metrics of the sweep's runs; without runs, the recipe's metrics.
-        compared_loss: mean eval loss over the tokens that all members share; None if they share none.
+        compared_loss: mean eval loss over the tokens that all trials share; None if they share none.
         pareto: whether the row is on the Pareto front over peak memory and eval loss.
     """
 
-    member: SweepMember
+    trial: Trial
     seeds: list[int]
     runs: list[RunResult]
     columns: dict[str, Column]
@@ -62,7 +62,7 @@ class SweepRow:
 
     @property
     def state(self) -> str:
-        """Different states, and `not started` if some members have no run."""
+        """Different states, and `not started` if some trials have no run."""
         states = self.states
         if len(states) < max(len(self.seeds), 1):
             states.append("not started")
@@ -91,11 +91,11 @@ class SweepRow:
 
     @cached_property
     def published(self) -> dict[str, float]:
-        """Published scores for the settings of the runs, by metric; empty without runs or published cells."""
-        cell = self.runs[0].cell if self.runs else None
-        if cell is None:
+        """Published scores for the settings of the runs, by metric; empty without runs or published grid points."""
+        point = self.runs[0].grid_point if self.runs else None
+        if point is None:
             return {}
-        return {name: fmean(scores) for name, scores in cell.scores.items()}
+        return {name: fmean(scores) for name, scores in point.scores.items()}
 
     @property
     def peak_memory_gib(self) -> float | None:
@@ -111,7 +111,7 @@ class SweepRow:
 
     @cached_property
     def validated(self) -> bool:
-        """True if the rows of the eval loss are not the test rows, so that it may select a member."""
+        """True if the rows of the eval loss are not the test rows, so that it may select a trial."""
         return all(evaluation_rows.validation(result.run, result.folder.config) for result in self.finished)
 
     @property
@@ -134,9 +134,9 @@ class SweepRow:
 
 
 def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
-    """Return one row per member name, with measurements of finished runs.
+    """Return one row per trial name, with measurements of finished runs.
 
-    Rows without separate validation data are not on the Pareto front: a loss on test rows must not select members.
+    Rows without separate validation data are not on the Pareto front: a loss on test rows must not select trials.
     """
     table = _measured_rows(sweep, runs)
     _compare_losses(table)
@@ -151,13 +151,13 @@ def _measured_rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
     existing = existing_runs(runs, sweep.recipe)
     columns: dict[str, Column] = {}  # shared by all rows
     table = []
-    for _, group in itertools.groupby(sweep.members, key=lambda member: member.name):
-        members = list(group)
-        seeds = [member.seed for member in members if member.seed is not None]
-        row = SweepRow(members[0], seeds, [], columns)
-        for member in members:
-            if member.digest in existing:
-                row.runs.append(RunResult(*existing[member.digest]))
+    for _, group in itertools.groupby(sweep.trials, key=lambda trial: trial.name):
+        trials = list(group)
+        seeds = [trial.seed for trial in trials if trial.seed is not None]
+        row = SweepRow(trials[0], seeds, [], columns)
+        for trial in trials:
+            if trial.digest in existing:
+                row.runs.append(RunResult(*existing[trial.digest]))
                 columns |= row.runs[-1].columns
         table.append(row)
     if not columns:
@@ -191,10 +191,10 @@ def _pareto_front(costs: Collection[Costs]) -> list[Costs]:
 
 def record(row: SweepRow) -> Row:
     """Row in the JSON output."""
-    member, summary = row.member, row.summary
+    trial, summary = row.trial, row.summary
     fields: Row = {
-        "member": member.name,
-        "values": member.values,
+        "trial": trial.name,
+        "settings": trial.settings,
         "seeds": row.seeds,
         "runs": [str(result.folder.path) for result in row.runs],
         "states": row.states,
@@ -204,7 +204,7 @@ def record(row: SweepRow) -> Row:
         fields |= repeats.json_fields(name, score.interval)
     fields |= {
         "eval_tokens": [*row.losses],
-        "planned_gib": member.planned_gib,
+        "planned_gib": trial.planned_gib,
         "peak_memory_gib": row.peak_memory_gib,
         "memory_kind": summary.memory_kind,
         "trainable": summary.trainable_parameters,
@@ -226,38 +226,38 @@ def notes(rows: Sequence[SweepRow]) -> Iterator[str]:
     if any(row.pareto for row in rows):
         yield f"front: on the Pareto front over peak memory and {LOSS}"
     if any(row.other_tokens for row in rows):
-        yield "Members with other or unknown tokens are not comparable, so there is neither a front nor a best member."
+        yield "Trials with other or unknown tokens are not comparable, so there is neither a front nor a best trial."
     if any(len(row.losses) > 1 for row in rows):
-        yield "Held-out rows differ by seed; members are compared seed by seed."
-    if any(row.member.planned_gib is not None for row in rows):
+        yield "Held-out rows differ by seed; trials are compared seed by seed."
+    if any(row.trial.planned_gib is not None for row in rows):
         yield "Planned memory is that of the recipe on a GPU, also in a rehearsal, whose measured memory is the CPU's."
 
 
 def table_of(sweep: Sweep, rows: Sequence[SweepRow]) -> Table:
-    """Table of the members."""
+    """Table of the trials."""
     title = f"{sweep.name}: {sweep.recipe}"
     if sweep.rehearsal:
         title += f". {REHEARSALS}"
-    keys = [key for key in sweep.keys if not all(f"{key}=" in member.name for member in sweep.members)]
+    keys = [key for key in sweep.keys if not all(f"{key}=" in trial.name for trial in sweep.trials)]
     return Table([_cells(row, keys) for row in rows], title, below=["scored"])
 
 
 def _cells(row: SweepRow, keys: Sequence[str]) -> Row:
     """Table cells of a row: varying values, scores, the first score's interval, and costs."""
     first, *further = row.columns.values()
-    member, score = row.member, row.scores[first.name]
+    trial, score = row.trial, row.scores[first.name]
     front = "*" if row.pareto else None
     scored = about_rows(row.runs[0].evaluation) if row.runs else None
-    cells: Row = {"member": member.name}
+    cells: Row = {"trial": trial.name}
     for key in keys:
-        cells[key] = on_one_line(member.values.get(key))
+        cells[key] = on_one_line(trial.settings.get(key))
     cells |= {
         "state": row.state,
         "eval loss": row.scores[LOSS].value,
         "tokens": row.other_tokens,
         first.label: score.value,
         "published": row.published.get(first.name),
-        "planned GiB": member.planned_gib,
+        "planned GiB": trial.planned_gib,
         "measured GiB": row.peak_memory_gib,
         "front": front,
         **repeats.table_cells(score.interval),
@@ -271,11 +271,11 @@ def _cells(row: SweepRow, keys: Sequence[str]) -> Row:
 
 @dataclass(frozen=True)
 class BestRow:
-    """Best member of a sweep.
+    """Best trial of a sweep.
 
     Attributes:
         finished: number of finished runs in the sweep.
-        best: the member with the lowest eval loss; None if no eval loss may select a member.
+        best: the trial with the lowest eval loss; None if no eval loss may select a trial.
     """
 
     sweep: Sweep
@@ -284,9 +284,9 @@ class BestRow:
 
 
 def best_rows(study: Study, sweeps: Iterable[Sweep], runs: Path) -> list[BestRow]:
-    """Return the best member by eval loss of each sweep over a study's recipe.
+    """Return the best trial by eval loss of each sweep over a study's recipe.
 
-    Test scores never select a member. Sweeps without a finished run are left out. Unless it is a rehearsal, a sweep is
+    Test scores never select a trial. Sweeps without a finished run are left out. Unless it is a rehearsal, a sweep is
     also left out if its base model or data differ from the study's.
 
     Args:
@@ -304,7 +304,7 @@ def best_rows(study: Study, sweeps: Iterable[Sweep], runs: Path) -> list[BestRow
 
 
 def _best_row(sweep: Sweep, rows: Sequence[SweepRow]) -> BestRow | None:
-    """Best member of a sweep by eval loss; None if the sweep is left out, see `best_rows`."""
+    """Best trial of a sweep by eval loss; None if the sweep is left out, see `best_rows`."""
     finished = [*itertools.chain.from_iterable(row.finished for row in rows)]
     if not finished or any(result.is_of_something_else for result in finished):
         return None
@@ -314,22 +314,22 @@ def _best_row(sweep: Sweep, rows: Sequence[SweepRow]) -> BestRow | None:
 
 
 def best_record(row: BestRow) -> Row:
-    """Row in the JSON output for the best member of a sweep."""
+    """Row in the JSON output for the best trial of a sweep."""
     return {
         "recipe": row.sweep.recipe,
         "sweep": row.sweep.label,
         "finished": row.finished,
-        "members": len(row.sweep.members),
+        "trials": len(row.sweep.trials),
         "best": record(row.best) if row.best else None,
     }
 
 
 def show_best(rows: Sequence[BestRow]) -> None:
-    """Print the best members with notes, in one table per sweep name."""
+    """Print the best trials with notes, in one table per sweep name."""
     for name, group in itertools.groupby(rows, key=lambda row: row.sweep.name):
         cells = [_best_cells(row) for row in group]
-        title = f"{name}: best member of each recipe by eval loss"
-        tables.print_table(cells, title, below=["member", "scored"])
+        title = f"{name}: best trial of each recipe by eval loss"
+        tables.print_table(cells, title, below=["trial", "scored"])
     without = [row.sweep.label for row in rows if row.best is None]
     if without:
         tables.print_text(
@@ -339,8 +339,8 @@ def show_best(rows: Sequence[BestRow]) -> None:
 
 
 def _best_cells(row: BestRow) -> Row:
-    """Table cells of the best member of a sweep over a recipe."""
-    cells = {"recipe": row.sweep.recipe, "finished": f"{row.finished} of {len(row.sweep.members)}"}
+    """Table cells of the best trial of a sweep over a recipe."""
+    cells = {"recipe": row.sweep.recipe, "finished": f"{row.finished} of {len(row.sweep.trials)}"}
     if row.best:
         cells |= _cells(row.best, [])
     return cells

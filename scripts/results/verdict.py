@@ -65,7 +65,7 @@ class StudyRow:
         gap: gap between the training loss and the published curve.
         gap_verdict: verdict on the gap.
         differs: settings that the paper states and the run changed.
-        open: settings that the paper leaves open, with the run's values.
+        unreported: settings that the authors do not report, with the run's values.
     """
 
     recipe: str
@@ -76,7 +76,7 @@ class StudyRow:
     gap: CurveGap | None = None
     gap_verdict: str | None = None
     differs: list[str] = field(default_factory=list)
-    open: list[str] = field(default_factory=list)
+    unreported: list[str] = field(default_factory=list)
 
     @property
     def chosen(self) -> RunResult | None:
@@ -185,7 +185,7 @@ def _preference(study: Study, result: RunResult) -> tuple[bool, bool, bool, bool
     """
     run = result.run
     is_done = run.state == "finished" and result.is_scored
-    changed_keys = set(result.changed_keys)
+    changed_keys = set(result.changes)
     is_plain = not changed_keys - {repeats.SEED} and run.ranks == 1
     has_recipe_seed = repeats.SEED not in changed_keys
     is_comparable = result.is_comparable(study.first)
@@ -205,7 +205,7 @@ def _row(study: Study, recipe: str, rehearsal: bool, results: list[RunResult]) -
     chosen = results[0]
     reported = study.reported_settings(study.origin(recipe))
     row.differs = _changed_settings(study, chosen, reported)
-    row.open = _unreported_settings(study, chosen, reported)
+    row.unreported = _unreported_settings(study, chosen, reported)
     if published.curve:
         curve = read_points(study.folder / published.curve, TRAIN_LOSS)
         row.gap = compare.curve_gap(chosen.folder.read_metrics(), curve)

@@ -143,7 +143,7 @@ def resume(
     force: Sequence[str] = (),
     trusted: bool = False,
 ) -> RunDir:
-    """Resume an interrupted or failed run from its last complete checkpoint.
+    """Resume an interrupted or failed run from its last valid checkpoint.
 
     A finished run is not changed.
 
@@ -205,7 +205,7 @@ def _record_force(folder: RunDir, record: Run, force: Sequence[str], is_own: boo
         with folder.held():
             record = folder.read()  # a training may have just ended
             record.forced = [*record.forced, *force]
-            record.seal = trust.seal(folder, record)
+            record.hmac = trust.hmac_of(folder, record)
             folder.write(record)
 
 
@@ -227,7 +227,7 @@ def _resume_here(folder: RunDir, prepare_only: bool, is_own: bool) -> None:
             _check_here(folder, record)
         checkpoint = folder.last_checkpoint()
         if record.launches:
-            begin = checkpoint.name if checkpoint else "the beginning: it has no complete checkpoint"
+            begin = checkpoint.name if checkpoint else "the beginning: it has no valid checkpoint"
             say(f"resume {folder.path} from {begin}")
         launch.train(folder, record, lock, checkpoint)
 
@@ -309,7 +309,7 @@ def create(composed: Composed, request: Request) -> RunDir:
             difference.run = config.get(difference.key, difference.run)
         record = record_of(composed, request)
         write_atomically(part.config_file, yamlfiles.write_yaml(config))
-        record.seal = trust.seal(part, record)
+        record.hmac = trust.hmac_of(part, record)
         part.write(record)
     say(f"run {folder.path}")
     log_differences(composed)

@@ -186,7 +186,7 @@ class RunDir:
         return [records[key] for key in sorted(records)]
 
     def _metrics_lines(self, since: int) -> Iterator[Row]:
-        """Yield the undamaged records of steps from metrics.jsonl, in the order of the file."""
+        """Yield the valid records of steps from metrics.jsonl, in the order of the file."""
         try:
             content = read_bytes(self.metrics)[since:]
         except FileNotFoundError:
@@ -206,7 +206,7 @@ class RunDir:
                 say_once(f"{self.metrics}: damaged lines skipped")
 
     def last_checkpoint(self) -> Path | None:
-        """Newest complete checkpoint, or None; reports damaged checkpoints on stderr.
+        """Newest valid checkpoint, or None; reports damaged checkpoints on stderr.
 
         Raises:
             UserError: run.json is missing or damaged.

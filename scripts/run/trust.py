@@ -18,7 +18,7 @@ from ..training.run_record import Run
 from .rundir import RunDir
 
 
-def seal(folder: RunDir, record: Run) -> str | None:
+def hmac_of(folder: RunDir, record: Run) -> str | None:
     """Keyed hash of a run's config, working directory and overridden findings; None without a key.
 
     Only this user can read the key, so that nobody else can create a valid hash.
@@ -28,7 +28,7 @@ def seal(folder: RunDir, record: Run) -> str | None:
     """
     content = [yamlfiles.read_text(folder.config_file), record.cwd, record.forced]
     with suppress(OSError, UserError):
-        key = (make_once(paths.user_data() / "seal", _make_key) / "key").read_bytes()
+        key = (make_once(paths.user_data() / "hmac", _make_key) / "key").read_bytes()
         return hmac.new(key, orjson.dumps(content), hashlib.sha256).hexdigest()
     return None
 
@@ -40,10 +40,10 @@ def _make_key(folder: Path) -> None:
 
 def is_own(folder: RunDir, record: Run) -> bool:
     """True if this user created a run, or trusted it with --trust, and its hashed content has not changed since."""
-    if not record.seal:
+    if not record.hmac:
         return False
     with suppress(UserError):
-        return hmac.compare_digest((seal(folder, record) or "").encode(), record.seal.encode())
+        return hmac.compare_digest((hmac_of(folder, record) or "").encode(), record.hmac.encode())
     return False
 
 

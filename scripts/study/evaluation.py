@@ -158,7 +158,7 @@ def convert_to_peft(folder: Path, form: AdapterFormat) -> Path:
 def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
     """Return a request that composes a recipe with an adapter's base model.
 
-    The base model is the recipe's model, an ungated copy of it, or a rehearsal's stand-in.
+    The base model is the recipe's model, an ungated copy of it, or a rehearsal's small model.
     """
     trained_on = str(read_json(adapter / CONFIG).get("base_model_name_or_path"))
     base_model = recipe_content(name).get("base_model")

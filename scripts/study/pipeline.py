@@ -92,12 +92,12 @@ def _errors(findings: Iterable[Finding]) -> list[str]:
 
 
 class Pipeline:
-    """Steps from a recipe or sweep member to its scores.
+    """Steps from a recipe or sweep trial to its scores.
 
     Args:
         result: result in which the steps are recorded.
         request: the requested run.
-        evaluation: settings of the evaluation. In a rehearsal, BERTScore uses a stand-in model by default.
+        evaluation: settings of the evaluation. In a rehearsal, BERTScore uses a small model by default.
         backend: backend that carries out the commands.
         gpu: GPU for which the config is composed, checked and planned; by default the backend's.
 
@@ -214,7 +214,7 @@ class Pipeline:
 
     def _text_of(self, warning: Finding) -> str:
         """Text of a warning; without its line, if other recipes of the study can have it in other lines."""
-        if warning.line and not self.result.member:
+        if warning.line and not self.result.trial:
             warning = replace(warning, where=paths.study_name(self.result.recipe), line=None)
         return str(warning)
 

@@ -1,6 +1,6 @@
 """Reproduction of a study, from data to results table; finished steps are skipped.
 
-With `recipe reproduce --from`, only published predictions are scored, or published adapters evaluated.
+With `recipe reproduce --stage`, only published predictions are scored, or published adapters evaluated.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -77,7 +77,7 @@ def reproduce(
         request: the study's name, and overrides for each recipe. A mirror applies only to recipes with a gated model.
         only: recipes to run; by default those with published scores.
         evaluation: settings of each evaluation. By default, BERTScore uses the same model as the published scores; in a
-            rehearsal, a stand-in.
+            rehearsal, a small model.
         backend: backend that carries out the recipes.
         seeds: number of seeds per recipe, beginning with the recipe's seed.
 
@@ -231,7 +231,7 @@ def _outlined_sources(data: Data, names: list[str]) -> list[str]:
     to_copy = [name for name in names if data.sources[name].is_own]
     lines = []
     if to_copy:
-        lines.append(f"{data.raw}: copy {', '.join(to_copy)} there; study.yaml has no address for it")
+        lines.append(f"{data.raw}: copy {', '.join(to_copy)} there; study.yaml has no URL for it")
     if len(names) > len(to_copy):
         size = sum(data.sources[name].bytes or 0 for name in names)
         amount = f"{size / 1e6:,.0f} MB or more" if size else "of unknown size,"
@@ -357,7 +357,7 @@ def score_predictions(study: Study, only: Sequence[str], scorer: str | None) -> 
         try:
             verified = _fetch_verified(study.data, published.predictions.files)
             for row in published_predictions.scores(study, published, models):
-                rows.append({"of": published.name, **row, "verified": verified})
+                rows.append({"name": published.name, **row, "verified": verified})
         except (UserError, WorkFailed) as error:
             problems[published.name] = str(error)
     return rows, problems
@@ -449,6 +449,6 @@ def _fetch_adapter(study: Study, recipe: str, composed: Composed) -> Path:
 def _none_published(study: Study, what: Literal["predictions", "adapter"]) -> UserError:
     recipes = [name for name, published in study.published.items() if getattr(published, what)]
     return UserError(
-        f"--from {what}: {study.folder.name}'s study.yaml declares none for these recipes, but for "
+        f"--stage {what}: {study.folder.name}'s study.yaml declares none for these recipes, but for "
         f"{', '.join(recipes) or 'no recipe'}"
     )

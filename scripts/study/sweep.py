@@ -1,4 +1,4 @@
-"""Sweeps: members, records, and the runs of unfinished members."""
+"""Sweeps: trials, records, and the runs of unfinished trials."""
 
 import hashlib
 import itertools
@@ -44,20 +44,20 @@ from .pipeline import (
 
 PAIRED = "_"
 NAME = "name"
-"""Key of an entry of `_` that names the entry's members."""
+"""Key of an entry of `_` that names the entry's trials."""
 
 
-class SweepMember(BaseModel):
-    """One config of a sweep. Members that differ only in seed have the same name.
+class Trial(BaseModel):
+    """One config of a sweep. Trials that differ only in seed have the same name.
 
     Attributes:
-        values: values of the settings by dotted key.
-        digest: hash of config and data; identifies the member's run.
+        settings: values of the settings by dotted key.
+        digest: hash of config and data; identifies the trial's run.
         planned_gib: planned GPU memory of the recipe with these values, even if the sweep is a rehearsal.
     """
 
     name: str
-    values: Config
+    settings: Config
     seed: int | None = None
     digest: str | None = None
     planned_gib: float | None = None
@@ -69,23 +69,23 @@ class SweepMember(BaseModel):
 
     @property
     def overrides(self) -> list[Override]:
-        """Overrides with the values and the seed."""
-        values = self.values if self.seed is None else self.values | {"seed": self.seed}
-        return [Override(key, value) for key, value in values.items()]
+        """Overrides with the settings and the seed."""
+        settings = self.settings if self.seed is None else self.settings | {"seed": self.seed}
+        return [Override(key, value) for key, value in settings.items()]
 
 
 class Sweep(BaseModel):
     """A sweep over a recipe.
 
     Attributes:
-        keys: keys in which the members differ.
+        keys: keys in which the trials differ.
     """
 
     name: str
     recipe: str
     rehearsal: bool
     keys: list[str]
-    members: list[SweepMember]
+    trials: list[Trial]
     started: str = Field(default_factory=now)
 
     @property
@@ -169,30 +169,30 @@ class Grid:
             return name
         return f"{name[:191]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
-    def members(self) -> list[SweepMember]:
-        """Members: every combination of an entry with a value of each key.
+    def trials(self) -> list[Trial]:
+        """Trials: every combination of an entry with a value of each key.
 
         Raises:
-            UserError: there are no values, or two members have the same name.
+            UserError: there are no values, or two trials have the same name.
         """
         if not self.titles:
             raise UserError("no values to try; give a sweep file, or values as in --set lora_r=16,32")
-        members = []
+        trials = []
         for entry in self.entries:
             for combination in itertools.product(*self.values.values()):
-                members.append(self._member(entry, dict(zip(self.values, combination, strict=True))))
-        name, count = Counter(member.name for member in members).most_common(1)[0]
+                trials.append(self._trial(entry, dict(zip(self.values, combination, strict=True))))
+        name, count = Counter(trial.name for trial in trials).most_common(1)[0]
         if count > 1:
             remedy = "give each entry of _ a different name"
-            raise UserError(f"two members are called {name}", file=self.source, remedy=remedy)
-        return members
+            raise UserError(f"two trials are called {name}", file=self.source, remedy=remedy)
+        return trials
 
-    def _member(self, entry: Config, values: Config) -> SweepMember:
-        """Member with an entry's settings and one value of each key, named after them."""
+    def _trial(self, entry: Config, values: Config) -> Trial:
+        """Trial with an entry's settings and one value of each key, named after them."""
         settings = {key: value for key, value in entry.items() if key != NAME}
         titles = [str(entry[NAME])] if NAME in entry else _texts(settings)
         titles += _texts({key: values[key] for key in self._varied})
-        return SweepMember(name=", ".join(titles) or "as it is", values=values | settings)
+        return Trial(name=", ".join(titles) or "as it is", settings=values | settings)
 
     @property
     def _varied(self) -> list[str]:
@@ -200,7 +200,7 @@ class Grid:
         return [key for key, values in self.values.items() if len(values) > 1]
 
     def keys(self) -> list[str]:
-        """Keys in which the members differ."""
+        """Keys in which the trials differ."""
         keys = self._varied
         for entry in self.entries:
             keys += entry
@@ -227,57 +227,57 @@ def sweep(
     gpu: Gpu | None = None,
     dry_run: bool = False,
 ) -> tuple[list[Sweep], list[TaskResult]]:
-    """Train and score every member of a sweep over one or several recipes.
+    """Train and score every trial of a sweep over one or several recipes.
 
-    All members are checked and planned before the first one starts. A member that does not fit the GPU, or fails, does
+    All trials are checked and planned before the first one starts. A trial that does not fit the GPU, or fails, does
     not stop the others.
 
     Args:
         grid: values to combine.
-        requests: one request per recipe, with overrides for all members.
+        requests: one request per recipe, with overrides for all trials.
         evaluation: settings of each evaluation.
-        backend: backend that carries out the members.
-        seeds: number of seeds per member, beginning with the recipe's seed.
+        backend: backend that carries out the trials.
+        seeds: number of seeds per trial, beginning with the recipe's seed.
         gpu: GPU for which a dry run composes and plans; by default the backend's.
         dry_run: check and plan only.
 
     Raises:
-        UserError: a member has errors, two members have the same config, or --force names an error that no member has;
+        UserError: a trial has errors, two trials have the same config, or --force names an error that no trial has;
             nothing was started.
         WorkFailed: BERTScore's model cannot be loaded.
     """
-    members = grid.members()
+    trials = grid.trials()
     records = []
     requested = []
     for request in requests:
         recipe, _ = find_recipe(request.name)
-        seeded = _seeded(members, request.name, seeds)
-        record = Sweep(name=grid.name, recipe=recipe, rehearsal=request.rehearse, keys=grid.keys(), members=seeded)
+        seeded = _seeded(trials, request.name, seeds)
+        record = Sweep(name=grid.name, recipe=recipe, rehearsal=request.rehearse, keys=grid.keys(), trials=seeded)
         records.append(record)
-        for member in record.members:
-            label = re.sub(r"[/\0]", "-", member.label)
+        for trial in record.trials:
+            label = re.sub(r"[/\0]", "-", trial.label)
             if len(requests) > 1:
                 label = f"{recipe}, {label}"
-            requested.append((TaskResult(recipe, label), replace(request, overrides=member.overrides)))
+            requested.append((TaskResult(recipe, label), replace(request, overrides=trial.overrides)))
     results = [result for result, _ in requested]
     pipelines = pipelines_of(requested, evaluation, backend, gpu)
     _check(pipelines, results, starts=not dry_run)
     _refuse_twins(pipelines)
     require_known(requests[0].force, pipelines, dry_run)
-    _plan([member for record in records for member in record.members], pipelines, starts=not dry_run)
+    _plan([trial for record in records for trial in record.trials], pipelines, starts=not dry_run)
     if not dry_run:
         _carry_out(records, pipelines, evaluation, backend)
     return records, results
 
 
-def _plan(members: list[SweepMember], pipelines: list[Pipeline], starts: bool) -> None:
-    with Bar("planning", len(members)) as bar:
-        for done, (member, pipeline) in enumerate(zip(members, pipelines, strict=True), start=1):
+def _plan(trials: list[Trial], pipelines: list[Pipeline], starts: bool) -> None:
+    with Bar("planning", len(trials)) as bar:
+        for done, (trial, pipeline) in enumerate(zip(trials, pipelines, strict=True), start=1):
             bar.begin(f"planning {pipeline.result.label}")
-            member.digest = pipeline.digest()
+            trial.digest = pipeline.digest()
             pipeline.look_up()
             pipeline.plan()
-            member.planned_gib = pipeline.needed_gib
+            trial.planned_gib = pipeline.needed_gib
             if not starts:
                 _skip_finished_steps(pipeline)
             elif pipeline.result.problem:
@@ -286,7 +286,7 @@ def _plan(members: list[SweepMember], pipelines: list[Pipeline], starts: bool) -
 
 
 def _skip_finished_steps(pipeline: Pipeline) -> None:
-    """Record the steps that a member's existing run has finished."""
+    """Record the steps that a trial's existing run has finished."""
     if pipeline.state == "finished":
         remaining = pipeline.task().steps
         for step in ("run", "evaluate"):
@@ -308,28 +308,28 @@ def _carry_out(
         backend.submit(tasks, first.name)
 
 
-def _seeded(members: list[SweepMember], recipe: str, seeds: int) -> list[SweepMember]:
-    """Members, each with several seeds if these are requested."""
+def _seeded(trials: list[Trial], recipe: str, seeds: int) -> list[Trial]:
+    """Trials, each with several seeds if these are requested."""
     seeded = []
-    for member in members:
-        for seed in seeds_of(recipe, seeds, member.values):
-            seeded.append(member.model_copy(update={"seed": seed}))
+    for trial in trials:
+        for seed in seeds_of(recipe, seeds, trial.settings):
+            seeded.append(trial.model_copy(update={"seed": seed}))
     return seeded
 
 
 def _check(pipelines: list[Pipeline], results: list[TaskResult], starts: bool) -> None:
-    """Check every member; before a start, also check each distinct set of rows.
+    """Check every trial; before a start, also check each distinct set of rows.
 
     Args:
-        pipelines: pipelines of the members with a valid config.
-        results: results of all members.
+        pipelines: pipelines of the trials with a valid config.
+        results: results of all trials.
 
     Raises:
-        UserError: members have errors; each error is listed once.
+        UserError: trials have errors; each error is listed once.
     """
     if starts:
         validate_all(pipelines)
-    with Bar("checking members", len(pipelines)) as bar:
+    with Bar("checking trials", len(pipelines)) as bar:
         for done, pipeline in enumerate(pipelines, start=1):
             pipeline.check_config(starts)
             bar.update(done)
@@ -337,7 +337,7 @@ def _check(pipelines: list[Pipeline], results: list[TaskResult], starts: bool) -
     if not starts:
         return
     distinct = {pipeline.rows_digest: pipeline for pipeline in pipelines}
-    with Bar("reading the rows of members", len(distinct)) as bar:
+    with Bar("reading the rows of trials", len(distinct)) as bar:
         for done, pipeline in enumerate(distinct.values(), start=1):
             pipeline.check_rows()
             bar.update(done)
@@ -345,14 +345,14 @@ def _check(pipelines: list[Pipeline], results: list[TaskResult], starts: bool) -
 
 
 def _refuse_errors(results: Sequence[TaskResult]) -> None:
-    """Raise UserError if members have errors: each error once, with the labels of its members."""
+    """Raise UserError if trials have errors: each error once, with the labels of its trials."""
     labels: dict[str, list[str]] = {}
     for result in results:
         for error in result.errors:
             labels.setdefault(error, []).append(result.label)
     lines = []
-    for error, members in labels.items():
-        lines.append(f"{'every member' if len(members) == len(results) else '; '.join(members)}: {error}")
+    for error, trials in labels.items():
+        lines.append(f"{'every trial' if len(trials) == len(results) else '; '.join(trials)}: {error}")
     if lines:
         raise UserError("\n".join(lines))
 
@@ -365,7 +365,7 @@ def _refuse_twins(pipelines: list[Pipeline]) -> None:
 
 def cancel(sweep: Sweep) -> list[str]:
     """Ask the command that carries out a sweep to stop, or else its runs; return a message per process or job."""
-    runs, digests = paths.runs(), {member.digest for member in sweep.members}
+    runs, digests = paths.runs(), {trial.digest for trial in sweep.trials}
     folders = [folder for folder, run in readable(all_runs(runs / sweep.recipe)) if run.digest in digests]
     return backends.cancel(folders, [sweep.lock(runs)])
 
@@ -437,13 +437,13 @@ def recorded_sweeps() -> dict[str, Sweep]:
 
 
 def find_sweep_file(name: str) -> Path:
-    """Find a sweep file by path, or a shipped sweep file by partial name.
+    """Find a sweep file by path, or a built-in sweep file by partial name.
 
     Raises:
         UserError: no name or several names match, or the name has a control character.
     """
     require_plain(name)
-    shipped = {file.stem: file for file in sorted((paths.RECIPES / "sweeps").glob("*.yaml"))}
-    if name not in shipped and Path(name).is_file():
+    built_in = {file.stem: file for file in sorted((paths.RECIPES / "sweeps").glob("*.yaml"))}
+    if name not in built_in and Path(name).is_file():
         return Path(name)
-    return shipped[meant(name, shipped, "sweep", f"; there are {', '.join(shipped)}, or any YAML file")]
+    return built_in[meant(name, built_in, "sweep", f"; there are {', '.join(built_in)}, or any YAML file")]

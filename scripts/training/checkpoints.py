@@ -18,7 +18,7 @@ def step_of(folder: Path) -> int | None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the checksums of all files of a complete checkpoint.
+    """Write the checksums of all files of a valid checkpoint.
 
     If the machine crashes, a file can have its full size, but contain zeros where data was not yet written. Only a
     checksum of all bytes detects this. CRC-32 processes more than 4 GB/s from the page cache: for an adapter and
@@ -52,7 +52,7 @@ def damage(folder: Path, ranks: int) -> str | None:
 def _missing(folder: Path, ranks: int) -> str | None:
     """First missing file that resuming needs.
 
-    File names differ between DeepSpeed, FSDP, and the rest (DDP or no engine).
+    File names differ between DeepSpeed, FSDP, and the rest (DDP or one process).
 
     If optimizer, schedule or random state are missing, the trainer silently starts with new ones. DeepSpeed writes
     `latest` last. FSDP writes `.metadata` last in each folder of shards.

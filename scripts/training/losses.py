@@ -92,7 +92,7 @@ def _mean_loss(trainer: Any, rows: Any) -> float | None:
     tokens = 0
     for first in range(0, len(batches), ranks):
         mine = first + trainer.accelerator.process_index
-        # engines exchange weights in each step, so all ranks need equally many;
+        # DeepSpeed and FSDP exchange weights in each step, so all ranks need equally many;
         # extra steps repeat the last batch without labels
         batch = _collated(trainer, [rows[i] for i in batches[min(mine, len(batches) - 1)]], mine >= len(batches))
         with torch.no_grad(), trainer.compute_loss_context_manager():  # same precision as the trainer's evaluation
@@ -125,7 +125,7 @@ def _collated(trainer: Any, rows: Sequence[dict[str, Any]], masked: bool) -> dic
 
 
 def highest_first_loss(guessing: float, tokens: int) -> float:
-    """Highest mean loss that an undamaged model can have in its first step.
+    """Highest mean loss that an intact model can have in its first step.
 
     1.2 times the loss of random guessing, plus three standard errors of a mean over so many tokens. It assumes that the
     losses of single tokens vary by at most the loss of guessing. Answers of a few tokens, such as a label and an end

@@ -27,7 +27,7 @@ from ..base.hardware import GIB
 from ..base.processes import LOCK_TIMEOUT, end_with_parent, held
 from ..base.yamlfiles import Config
 from ..config import models
-from ..config.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
+from ..config.gpus import CPU_RANKS, PARALLELISM_KEYS, parallelism_of
 from . import chat_templates, losses
 from .checkpoints import step_of, write_manifest
 from .run_record import ANY_FIRST_LOSS, Ended, EvalTokens, HighFirstLoss
@@ -38,17 +38,19 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of ranks, set by t
 class RunPlugin(BasePlugin):
     """Plugin that writes metrics.jsonl, prepares trackers, and lets NF4 train on a CPU."""
 
-    engine: str | None = None
+    parallelism: str | None = None
     parameters: dict[str, int] | None = None
 
     def register(self, cfg: Any) -> None:
-        """Record the requested engine before Axolotl overwrites it; put a rehearsal's ranks on the CPU."""
+        """Record the requested parallelism before Axolotl overwrites it; put a rehearsal's ranks on the CPU."""
         chat_templates.bound()
         if WORLD_SIZE > 1:
             end_with_parent(signal.SIGKILL)  # otherwise ranks keep training after their launcher is killed
-        self.engine = engine_of(cfg) if WORLD_SIZE > 1 or any(cfg.get(key) for key in ENGINE_KEYS) else None
+        self.parallelism = (
+            parallelism_of(cfg) if WORLD_SIZE > 1 or any(cfg.get(key) for key in PARALLELISM_KEYS) else None
+        )
         if CPU_RANKS in os.environ:
-            use_cpu(engine_of(cfg))
+            use_cpu(parallelism_of(cfg))
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Record that Axolotl starts loading rows; let `axolotl preprocess` reuse rows.
@@ -89,7 +91,7 @@ class RunPlugin(BasePlugin):
             mlflow.search_experiments(max_results=1)
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:
-        """Count parameters before an engine shards them; a packed byte counts as two weights."""
+        """Count parameters before they are sharded; a packed byte counts as two weights."""
         if isinstance(model, PeftModel):
             trainable, total = model.get_nb_trainable_parameters()
             self.parameters = {"trainable_parameters": trainable, "parameters": total}
@@ -138,7 +140,7 @@ class RunPlugin(BasePlugin):
         file = Path(cfg.output_dir).parent / "metrics.jsonl"
         learns_tokens = not (cfg.rl or cfg.reward_model or cfg.process_reward_model)
         vocabulary = trainer.model.config.get_text_config().vocab_size if learns_tokens else None
-        return [RunCallback(file, trainer, self.engine, self.parameters, vocabulary)]
+        return [RunCallback(file, trainer, self.parallelism, self.parameters, vocabulary)]
 
 
 class RunCallback(TrainerCallback):
@@ -150,9 +152,9 @@ class RunCallback(TrainerCallback):
     cpu_percent (100 is one processor). Records with a loss, and the last record, add values of all steps since the
     previous record with a loss: step_seconds (without evaluation and saving), tokens (without padding) and
     tokens_per_second. Only the first rank writes; peak_gib_by_rank has the memory of all ranks. The first record of a
-    launch has engine, training_rows, trainable_parameters and parameters (including frozen ones). The last record
+    launch has parallelism, training_rows, trainable_parameters and parameters (including frozen ones). The last record
     has `ended` (see `run_record.Ended`), and kept_step if the trainer has loaded the best checkpoint. The first
-    evaluation of a launch adds a record with eval_tokens. A first training loss that no undamaged model has adds a
+    evaluation of a launch adds a record with eval_tokens. A first training loss that no intact model has adds a
     record with high_first_loss; without `ANY_FIRST_LOSS`, it stops the training.
 
     SIGTERM to any rank ends training after the current step, with a checkpoint.
@@ -160,7 +162,7 @@ class RunCallback(TrainerCallback):
     Args:
         file: metrics.jsonl.
         trainer: the trainer.
-        engine: the requested engine, checked when training begins; None for one process without an engine.
+        parallelism: the requested parallelism, checked when training begins; None for one process.
         parameters: parameter counts for the first record; None without an adapter.
         vocabulary: vocabulary size, if the loss is that of next-token prediction.
     """
@@ -169,13 +171,13 @@ class RunCallback(TrainerCallback):
         self,
         file: Path,
         trainer: Any,
-        engine: str | None,
+        parallelism: str | None,
         parameters: dict[str, int] | None = None,
         vocabulary: int | None = None,
     ):
         self.file = file
         self.trainer = trainer
-        self.engine = engine
+        self.parallelism = parallelism
         self.parameters = parameters
         self.vocabulary = vocabulary  # None after the check of the first loss
         self.stop = self.stopped = self.started_high = False
@@ -185,12 +187,12 @@ class RunCallback(TrainerCallback):
         self.process = psutil.Process()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start handling SIGTERM, check the engine, and write the first record."""
+        """Start handling SIGTERM, check the parallelism, and write the first record."""
         signal.signal(signal.SIGTERM, self._stop)
         first = self.parameters or {}
-        if self.engine:
-            check_engine(self.engine, self.trainer)
-            first = first | {"engine": self.engine}
+        if self.parallelism:
+            check_parallelism(self.parallelism, self.trainer)
+            first = first | {"parallelism": self.parallelism}
         with suppress(TypeError):  # streamed rows have no number
             first = first | {"training_rows": len(self.trainer.train_dataset)}
         self._append(state, first)
@@ -258,7 +260,7 @@ class RunCallback(TrainerCallback):
                 self.started_high = control.should_training_stop = ANY_FIRST_LOSS not in os.environ
 
     def _high_first_loss(self, loss: float, vocabulary: int, args: Any) -> HighFirstLoss | None:
-        """A first loss that is too high for an undamaged model, or None."""
+        """A first loss that is too high for an intact model, or None."""
         tokens = int(sum(gather(float(self.labels), args.device)))
         guessing = math.log(vocabulary)
         if not tokens or math.isnan(loss) or loss <= losses.highest_first_loss(guessing, tokens):
@@ -304,8 +306,8 @@ def _has_stopped(callback: EarlyStoppingCallback) -> bool:
     return callback.early_stopping_patience_counter >= callback.early_stopping_patience
 
 
-def use_cpu(engine: str) -> None:
-    """Make Axolotl and accelerate train with an engine on the CPU, communicating over gloo.
+def use_cpu(parallelism: str) -> None:
+    """Make Axolotl and accelerate train with a parallelism on the CPU, communicating over gloo.
 
     By default, Axolotl queries the GPU driver and gives each rank a GPU. On a CPU, accelerate supports only DDP and
     silently ignores DeepSpeed and FSDP (AcceleratorState). For these two, this function makes accelerate assume GPUs,
@@ -318,7 +320,7 @@ def use_cpu(engine: str) -> None:
     from axolotl.loaders.model import ModelLoader
 
     axolotl.utils.trainer.check_cuda_p2p_ib_support = lambda: True
-    if engine == "DDP":
+    if parallelism == "DDP":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     else:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
@@ -333,14 +335,14 @@ def use_cpu(engine: str) -> None:
             loader.model_kwargs["device_map"] = {"": "cpu"}
 
     ModelLoader._set_device_map_config = set_cpu_device_map
-    if engine.startswith("ZeRO"):
+    if parallelism.startswith("ZeRO"):
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes most of a minute
 
 
-def engine_in_use(trainer: Any) -> str:
-    """Name of the active engine, as in `gpus.engine_of`, or "one process"."""
+def parallelism_in_use(trainer: Any) -> str:
+    """Name of the active parallelism, as in `gpus.parallelism_of`, or "one process"."""
     from deepspeed import DeepSpeedEngine
     from torch.distributed.tensor import DTensor
 
@@ -353,16 +355,18 @@ def engine_in_use(trainer: Any) -> str:
     return "DDP" if isinstance(model, torch.nn.parallel.DistributedDataParallel) else "one process"
 
 
-def check_engine(requested: str, trainer: Any) -> None:
-    """Stop training if Axolotl silently uses another engine or number of ranks than requested.
+def check_parallelism(requested: str, trainer: Any) -> None:
+    """Stop training if Axolotl silently uses another parallelism or number of ranks than requested.
 
     Raises:
-        RuntimeError: the engine or the number of ranks differs.
+        RuntimeError: the parallelism or the number of ranks differs.
     """
-    engine = engine_in_use(trainer)
+    parallelism = parallelism_in_use(trainer)
     ranks = trainer.accelerator.num_processes
-    if (engine, ranks) != (requested, WORLD_SIZE):
-        raise RuntimeError(f"requested {requested} on {WORLD_SIZE} processes, but Axolotl uses {engine} on {ranks}")
+    if (parallelism, ranks) != (requested, WORLD_SIZE):
+        raise RuntimeError(
+            f"requested {requested} on {WORLD_SIZE} processes, but Axolotl uses {parallelism} on {ranks}"
+        )
 
 
 def gather(value: float, device: torch.device) -> list[float]:

@@ -41,7 +41,7 @@ ANY_FIRST_LOSS = "QLORA_RECIPES_ANY_FIRST_LOSS"
 
 @with_config(extra="forbid", strict=True)
 class HighFirstLoss(TypedDict):
-    """A first training loss that no undamaged model has; see `losses.highest_first_loss`.
+    """A first training loss that no intact model has; see `losses.highest_first_loss`.
 
     Attributes:
         loss: the loss, in nats.
@@ -249,7 +249,7 @@ class Run(RecordVersion):
     version: int = VERSION
     state: State = "created"
     recipe: Text
-    variant_of: Text | None = None  # the shipped recipe that the recipe file changes
+    variant_of: Text | None = None  # the built-in recipe that the recipe file changes
     recipe_file: Text
     recipe_sha256: str
     digest: str | None = None  # hash of the data, and of the config without the keys that a run adds
@@ -257,11 +257,11 @@ class Run(RecordVersion):
     profiles: list[str] = []
     overrides: list[Override] = []
     forced: list[str] = []  # names of overridden findings
-    seal: str | None = None  # see `trust.seal` in run/
+    hmac: str | None = None  # see `trust.hmac_of` in run/
     gpus_used: int = 1  # GPUs per node
     nodes: int = 1
     differences: list[Difference] = []  # between the run's config and the recipe file
-    of_variant: list[Difference] = []  # between the recipe file and the shipped recipe
+    of_variant: list[Difference] = []  # between the recipe file and the built-in recipe
     data: list[DataFile] = []
     named_files: list[DataFile] = []  # other files that the config names
     test_data: Text | None = None
@@ -285,9 +285,9 @@ class Run(RecordVersion):
     @property
     def present_recipe(self) -> Path:
         """File of the recipe as it is now; it may be missing."""
-        shipped = paths.recipe_file(self.recipe)
-        if shipped.is_file():
-            return shipped
+        built_in = paths.recipe_file(self.recipe)
+        if built_in.is_file():
+            return built_in
         return Path(self.cwd, self.recipe_file)
 
     @property
@@ -300,12 +300,12 @@ class Run(RecordVersion):
 
     @property
     def origin(self) -> str:
-        """Shipped recipe that the run uses, or that its variant changes; determines the study."""
+        """Built-in recipe that the run uses, or that its variant changes; determines the study."""
         return self.variant_of or self.recipe
 
     @property
     def from_origin(self) -> list[Difference]:
-        """Differences from the shipped recipe."""
+        """Differences from the built-in recipe."""
         return chained(self.of_variant, self.differences)
 
     @property

@@ -68,7 +68,7 @@ class Tokens:
 
     @property
     def learnt(self) -> int:
-        """Number of tokens that carry loss."""
+        """Number of tokens trained on."""
         return sum(label != MASKED for label in self.labels)
 
     def parts(self) -> tuple[list[int], list[int]]:
@@ -91,8 +91,8 @@ def tokenize(where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[
         dataset: the config's entry for the rows' data set.
         tokenizer: the tokenizer.
         rows: the rows, each a mapping of field names to values.
-        longest: the sequence_len to tokenize with. Some types cut the prompt and the answer, each to this length; the
-            type completion splits rows into pieces of this length.
+        longest: the sequence_len to tokenize with. Some types truncate the prompt and the answer, each to this length;
+            the type completion splits rows into pieces of this length.
 
     Raises:
         UserError: Axolotl cannot tokenize the rows.
@@ -118,7 +118,7 @@ def require_one_each(where: str, dataset: Any, rows: Sequence[Any], tokenized: S
         raise UserError(problem, key=where, remedy="evaluation needs exactly one training row for each row")
 
 
-def taught_ends(cfg: Config, tokenizer: Any) -> set[int]:
+def end_ids(cfg: Config, tokenizer: Any) -> set[int]:
     """Tokens that end an answer in training: the end-of-text token and `eot_tokens`."""
     turn_ends = tokenizer.convert_tokens_to_ids(list(cfg.get("eot_tokens") or []))
     return {tokenizer.eos_token_id, *(set(turn_ends) - {tokenizer.unk_token_id})} - {None}
@@ -198,7 +198,7 @@ class Tokenizer:
         positions = defaultdict(list)
         for position, ids in enumerate(held_out["input_ids"]):
             positions[tuple(ids)].append(position)
-        cut = self.cfg.sequence_len if str(self.cfg.excess_length_strategy).lower() == "truncate" else None
+        limit = self.cfg.sequence_len if str(self.cfg.excess_length_strategy).lower() == "truncate" else None
         by_position = {}
         with Bar("finding held-out rows"):
             for dataset in datafiles.training_sets(self.cfg):
@@ -208,7 +208,7 @@ class Tokenizer:
                     )
                     require_one_each(dataset.key, dataset.entry, rows, tokenized)
                     for row, tokens in zip(rows, tokenized, strict=True):
-                        if same := positions.get(tuple(tokens.ids[:cut])):
+                        if same := positions.get(tuple(tokens.ids[:limit])):
                             by_position[same.pop(0)] = dataset, row
         if len(by_position) < len(held_out):
             raise UserError(
@@ -228,7 +228,7 @@ class Tokenizer:
                 return prepare_datasets(self.cfg, self.tokenizer)[:2]
         except Exception as error:  # files, templates and tokenizers can raise any exception
             problem = f"Axolotl cannot prepare the rows: {type(error).__name__}: {error}"
-            raise UserError(problem, key="datasets", remedy="run `recipe check NAME --data`") from None
+            raise UserError(problem, key="datasets", remedy="run `recipe check NAME --all-rows`") from None
 
 
 def trained_on(content: Config) -> tuple[list[int], float]:
@@ -368,7 +368,7 @@ def prompt_text(cfg: Config, tokenizer: Path, texts: dict[str, str]) -> PromptTe
     if text is None:
         return None
     fields = [name for name in (_QUESTION, *row) if f"{{{name}}}" in text]
-    return PromptText(text, fields, [str(loaded.decode([end])) for end in taught_ends(cfg, loaded)])
+    return PromptText(text, fields, [str(loaded.decode([end])) for end in end_ids(cfg, loaded)])
 
 
 def _placeholders(dataset: Config) -> Row:

@@ -199,16 +199,16 @@ class _Renderer:
         """Text of README.md, with a table of recipes for each study."""
         starts = []
         by_study: dict[str, tuple[Study, list[Row]]] = {}
-        shipped = read_json(paths.HOURS)
+        built_in = read_json(paths.HOURS)
         for recipe in recipes:
-            row = recipe.content | {"name": recipe.name, "hours": shipped["recipes"].get(recipe.name)}
+            row = recipe.content | {"name": recipe.name, "hours": built_in["recipes"].get(recipe.name)}
             study = studies.study_of(recipe.name)
             if study:
                 by_study.setdefault(study.title, (study, []))[1].append(row)
             elif recipe.name.startswith("start/"):
                 starts.append(row)
         sections = [(study, rows, _statuses(study)) for study, rows in by_study.values()]
-        return self._text(f"{README}.j2", studies=sections, starts=starts, shipped=shipped)
+        return self._text(f"{README}.j2", studies=sections, starts=starts, built_in=built_in)
 
     def _text(self, template: str, **variables: Any) -> str:
         try:
@@ -244,8 +244,8 @@ class _Renderer:
 
 def _statuses(study: Study) -> dict[str, score_records.Status]:
     """Status of a study's first metric, by recipe."""
-    statuses = score_records.statuses(study, score_records.shipped_records(study))
-    return {status.of: status for status in statuses if status.metric == study.first.name and not status.values}
+    statuses = score_records.statuses(study, score_records.built_in_records(study))
+    return {status.name: status for status in statuses if status.metric == study.first.name and not status.settings}
 
 
 def _where(error: Exception, templates: Path, file: Path) -> str:
@@ -307,7 +307,7 @@ def write_study(name: str, base_model: str) -> list[Path]:
         UserError: the name is invalid, or belongs to an existing study or folder.
     """
     recipes, templates = free_folders(name)
-    model = f"{base_model.rpartition('/')[2].lower()}-{name}"  # no shipped recipe has this short name
+    model = f"{base_model.rpartition('/')[2].lower()}-{name}"  # no built-in recipe has this short name
     words = {
         "{NAME}": name,
         "{MODEL}": model,

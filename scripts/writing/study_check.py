@@ -71,8 +71,8 @@ def _undeclared(study: Study, names: list[str]) -> Iterator[Mistake]:
     """Recipes and settings in study.yaml that do not exist."""
     for name in study.published:
         yield from undeclared(("published", name), name, names)
-    for name in study.variants:
-        yield from undeclared(("variants", name), name, names)
+    for name in study.ablations:
+        yield from undeclared(("ablations", name), name, names)
     settings = [*schema.load()["properties"], "decoding"]
     lists: dict[Key, list[str]] = {("reported",): study.reported, ("unreported",): study.unreported}
     lists |= {("published", name, "unreported"): results.unreported for name, results in study.published.items()}
@@ -97,7 +97,7 @@ def _warnings(study: Study, names: list[str]) -> Iterator[Mistake]:
     """Recipes missing in study.yaml, recipes that read files outside its splits, and a missing sample."""
     for name in names:
         if name not in study.recipes:
-            yield ("published",), f"{name} is missing; add `{name}: {{}}` here or under variants"
+            yield ("published",), f"{name} is missing; add `{name}: {{}}` here or under ablations"
     data = study.data
     if not data.fields:
         return  # as in the study of a model card, the recipes load rows by themselves, which no sample replaces

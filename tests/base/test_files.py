@@ -128,7 +128,7 @@ def test_deep_json_is_refused_where_it_is_read(tmp_path, recipe, value):
     assert [file.name for file in tmp_path.iterdir()] == ["deep.jsonl"]
     assert files.read_json(deep) == {}
     (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with(DEEP_ROWS)))
-    assert "deep.jsonl:2" in recipe("check", "mine.yaml", "--data").stdout
+    assert "deep.jsonl:2" in recipe("check", "mine.yaml", "--all-rows").stdout
 
 
 DEEP_ROWS = {"datasets": [{"path": "deep.jsonl", "ds_type": "json", "type": "alpaca"}], "test_datasets": None}

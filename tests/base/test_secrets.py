@@ -14,7 +14,7 @@ from qlora_recipes.run import run
 NAME = "haider2024/code-llama-7b"
 TOKEN = "hf_" + "aB3" * 8
 SWEEP = "sweep --rehearse --set lora_r=8,9"
-VERBS = ["check", "check --json", "plan", "run --rehearse", "new x --from", SWEEP]
+COMMANDS = ["check", "check --json", "plan", "run --rehearse", "new x --from", SWEEP]
 SECRETS = (TOKEN, "planted", "my-own-secret")
 PLANTED: list[tuple[str, str]] = [
     ("model_kwargs.token", "planted-word"),
@@ -30,13 +30,13 @@ PLANTED: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("key", "value"), PLANTED)
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_planted_secret_is_refused_and_not_echoed(place, recipe, verb, key, value):
-    words = verb.split()
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_planted_secret_is_refused_and_not_echoed(place, recipe, command, key, value):
+    words = command.split()
     name = words.index("--from") + 1 if "--from" in words else 1
     words[name:name] = [NAME]
     option = ["--set", f"{key}={value}"]
-    if verb == SWEEP:  # whose own --set takes several values
+    if command == SWEEP:  # whose own --set takes several values
         parent, _, last = key.rpartition(".")
         (place / "more.yaml").write_text(yamlfiles.write_yaml({parent: {last: value}} if parent else {last: value}))
         option = ["--profile", "more.yaml"]
@@ -195,19 +195,19 @@ def test_a_secret_that_an_override_deletes_is_not_recorded(place, recipe):
     assert '"key":"comet_api_key","recipe":"***"' in record
 
 
-ADDRESS = "https://example.org/rows.jsonl?id=planted"
+URL = "https://example.org/rows.jsonl?id=planted"
 
 
-def test_an_address_trains_with_its_parameters_only_by_consent(place):
+def test_a_url_trains_with_its_parameters_only_by_consent(place):
     """The config of the run keeps the parameter; all else masks it."""
-    request = compose.Request("mine.yaml", overrides=typed(f"datasets.0.path={ADDRESS}"))
+    request = compose.Request("mine.yaml", overrides=typed(f"datasets.0.path={URL}"))
     (place / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({})))
     composed = compose.compose(request)
-    findings = [finding for finding in check.check_config(composed).findings if finding.rule == "address-parameter"]
-    assert [(finding.level, finding.name) for finding in findings] == [("error", "address-parameter:datasets.0.path")]
+    findings = [finding for finding in check.check_config(composed).findings if finding.rule == "url-parameter"]
+    assert [(finding.level, finding.name) for finding in findings] == [("error", "url-parameter:datasets.0.path")]
     assert "planted" not in "".join(map(masked, map(str, findings)))
-    finding.override_errors(findings, ["address-parameter:datasets.0.path"])
+    finding.override_errors(findings, ["url-parameter:datasets.0.path"])
     assert findings[0].level == "warning"
     folder = run.create(composed, request)
-    assert yamlfiles.read_yaml(folder.config_file)["datasets"][0]["path"] == ADDRESS
+    assert yamlfiles.read_yaml(folder.config_file)["datasets"][0]["path"] == URL
     assert "planted" not in (folder.path / "run.json").read_text()

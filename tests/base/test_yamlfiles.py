@@ -7,7 +7,7 @@ import pytest
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.yamlfiles import parse, recipe_text
-from qlora_recipes.run.backends import slurm_site
+from qlora_recipes.run.backends import slurm_cluster
 
 TOO_LARGE = "too large or nested too deeply for a config; remove values or aliases (*name)"
 
@@ -101,6 +101,6 @@ def test_aliases_and_merge_keys_that_would_explode_are_refused(tmp_path, text):
     file = tmp_path / "slurm.yaml"
     file.write_text(text)
     with pytest.raises(UserError) as refused:
-        slurm_site._read(file)
+        slurm_cluster._read(file)
     assert str(refused.value) == f"{file}: {TOO_LARGE}"
     assert time.process_time() - start < 2

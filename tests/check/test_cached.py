@@ -17,7 +17,7 @@ NAME = "haider2024/llama-3.2-3b"
 
 @pytest.fixture
 def own_cache(tmp_path: Path, tiny: Path, with_fake_axolotl: Recipe, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of its own, in which the tiny Llama is what the stand-in is converted to."""
+    """A cache of its own, in which the tiny Llama is what the small model is converted to."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(substitution, "_convert", lambda target: shutil.copytree(tiny, target))
     return paths.cache()
@@ -59,7 +59,7 @@ def test_it_goes_on_to_the_same_adapter_and_is_evaluated(own_cache, recipe, tmp_
 
 
 @pytest.mark.long
-def test_the_stand_in_is_converted_to_the_same_bytes(tmp_path):
+def test_the_small_model_is_converted_to_the_same_bytes(tmp_path):
     folder = substitution.model_folder()
     substitution._convert(tmp_path / "again")
     again = {file.name: sha256(file) for file in (tmp_path / "again").iterdir()}

@@ -10,12 +10,12 @@ from conftest import config_with, typed
 from qlora_recipes.base import hub, paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.check import check, settings_rules
+from qlora_recipes.commands import check as command
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import MIRROR, Composed, Request
 from qlora_recipes.config.finding import Finding, refuse
 from qlora_recipes.config.merging import Override
 from qlora_recipes.plan import plan
-from qlora_recipes.verbs import check as verb
 
 NAME = "haider2024/code-llama-7b"
 
@@ -56,7 +56,7 @@ def test_every_finding_is_told_at_once_with_its_place(place, recipe):
 def test_json(place, recipe):
     (place / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({"lora_rr": 1})))
     (place / "broken.yaml").write_text("a: [\n")
-    mine, broken, nowhere = recipe.json("check", "mine.yaml", "broken.yaml", "nowhere", "--data", code=2)
+    mine, broken, nowhere = recipe.json("check", "mine.yaml", "broken.yaml", "nowhere", "--all-rows", code=2)
     assert mine["checked"] == "mine.yaml"
     (error,) = [finding for finding in mine["findings"] if finding["level"] == "error"]
     assert error == {
@@ -137,7 +137,7 @@ def test_what_is_too_big_for_a_card_is_an_error(place, tiny):
     line = (place / "tiny.yaml").read_text().splitlines()[finding.line - 1]
     assert line.partition(":")[0] == "micro_batch_size"
     assert findings_for(small) == [finding]  # from the cache
-    (report,) = verb._checked([Request("tiny.yaml", force=[finding.name])], small, False, True)
+    (report,) = command._checked([Request("tiny.yaml", force=[finding.name])], small, False, True)
     assert [warning.level for warning in report.findings] == ["warning"]
     assert findings_for(large) == []
     engine = {"deepspeed": "zero3_offload.json"}
@@ -157,8 +157,8 @@ def test_a_missing_tokenizer_is_reported_with_a_command_for_the_same_rows(place)
     (finding,) = [finding for finding in report.findings if finding.name == "not-checked:base_model"]
     assert finding.problem == (
         "skipped tokenizing the rows: no tokenizer on this machine; `recipe check 'my recipe.yaml' --profile packed "
-        "--set 'datasets.0.path=my rows.jsonl' --data --rehearse --set 'datasets.0.split=train[:1000]'` takes a small "
-        "model's"
+        "--set 'datasets.0.path=my rows.jsonl' --all-rows --rehearse --set 'datasets.0.split=train[:1000]'` takes a "
+        "small model's"
     )
 
 
@@ -218,7 +218,7 @@ def test_data_that_are_not_prepared_yet_are_an_error_of_a_run(recipe):
     ("options", "error"),
     [
         (("--set", "datasets.0.path=data/codereviewer/train_mine.jsonl"), "missing-file:datasets.0.path"),
-        (("--data",), "not-prepared:datasets.0.path"),
+        (("--all-rows",), "not-prepared:datasets.0.path"),
     ],
 )
 def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(recipe, options, error):

@@ -95,8 +95,8 @@ def test_each_key_that_runs_others_code_is_an_error(change, name):
 
 
 def test_axolotls_own_and_this_projects_are_not_foreign():
-    shipped = ["axolotl.integrations.liger.LigerPlugin", "qlora_recipes.plugin.RunPlugin"]
-    assert levels_by_name({"plugins": shipped, "trust_remote_code": False, "trl": {"reward_funcs": []}}) == {}
+    built_in = ["axolotl.integrations.liger.LigerPlugin", "qlora_recipes.plugin.RunPlugin"]
+    assert levels_by_name({"plugins": built_in, "trust_remote_code": False, "trl": {"reward_funcs": []}}) == {}
     assert levels_by_name({"attn_implementation": "kernels-community/flash-attn2@v1"}) == {}
     assert levels_by_name({"datasets": [ROWS | {"type": "chatml.intel"}], "rl": "dpo"}) == {}
     assert levels_by_name({"datasets": [ROWS | {"type": "chat_template.argilla"}], "rl": "orpo"}) == {}
@@ -185,10 +185,10 @@ def test_an_adapter_is_safe_if_the_loaded_files_are(tmp_path, files, name):
 @pytest.mark.parametrize(
     "words",
     [
-        ("check", "mine.yaml", "--data"),
+        ("check", "mine.yaml", "--all-rows"),
         ("check", "mine.yaml"),
         ("check", "mine.yaml", "--show-tokens", "1"),
-        ("plan", "mine.yaml", "--data"),
+        ("plan", "mine.yaml", "--all-rows"),
         ("run", "mine.yaml", "--rehearse"),
         ("sweep", "mine.yaml", "--set", "lora_r=8,16", "--rehearse"),
     ],
@@ -203,7 +203,7 @@ def test_no_verb_imports_a_strangers_plugin_without_consent(ran, recipe, words):
 @pytest.mark.parametrize(
     "words",
     [
-        ("check", "mine.yaml", "--data"),
+        ("check", "mine.yaml", "--all-rows"),
         ("check", "mine.yaml", "--show-tokens", "1"),
         ("run", "mine.yaml", "--rehearse"),
     ],
@@ -234,8 +234,8 @@ def test_consent_leaves_a_warning_and_wrong_names_are_told(ran, recipe):
 @pytest.mark.parametrize("value", ["yes please", 1])
 def test_a_wrong_value_that_would_hide_remote_code_cannot_be_forced(ran, recipe, value):
     words = ("mine.yaml", "--set", f"trust_remote_code={value}", "--force", "foreign-code:plugins.0")
-    for verb in (("check", *words, "--data"), ("run", *words, "--rehearse")):
-        recipe.fails(*verb, "--force", "value:trust_remote_code")
+    for command in (("check", *words, "--all-rows"), ("run", *words, "--rehearse")):
+        recipe.fails(*command, "--force", "value:trust_remote_code")
     assert not ran.exists()
 
 

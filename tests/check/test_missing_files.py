@@ -1,4 +1,4 @@
-"""A local file that a config names and that is missing: an error of every verb, with similar names."""
+"""A local file that a config names and that is missing: an error of every command, with similar names."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ def moved(tmp_path: Path) -> Path:
     [
         ("check", "mine.yaml"),
         ("check", "mine.yaml", "--rehearse"),
-        ("check", "mine.yaml", "--data"),
+        ("check", "mine.yaml", "--all-rows"),
         ("plan", "mine.yaml", "--gpu", "T4"),
         ("run", "mine.yaml"),
         ("run", "mine.yaml", "--dry-run"),

@@ -103,8 +103,8 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"wandb_name": "https://x.org/?id=1"},
-        "error: wandb_name: a parameter of this address can be a secret, and would be stored in the "
-        "run's folder; download the file, and name its path [address-parameter:wandb_name]",
+        "error: wandb_name: a parameter of this URL can be a secret, and would be stored in the "
+        "run's folder; download the file, and name its path [url-parameter:wandb_name]",
     ),
     (
         data(path="gone.jsonl"),
@@ -266,7 +266,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     (
         {"optimizer": "adamw_bnb_8bit", "fsdp_config": {"offload_params": False}},
         "error: optimizer: adamw_bnb_8bit does not work with FSDP2; set adamw_torch_8bit or adamw_torch_fused "
-        "[optimizer-and-engine:optimizer]",
+        "[optimizer-and-parallelism:optimizer]",
     ),
     (
         {"deepspeed": {"bf16": {}}, "bnb_config_kwargs": None},
@@ -277,12 +277,12 @@ CASES: list[tuple[dict[str, Any], str]] = [
     (
         {"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED},
         "error: optimizer: offload_optimizer replaces adamw_bnb_8bit by Adam without AdamW's weight decay; set "
-        "adamw_torch, or use the profile zero3-offload [optimizer-and-engine:optimizer]",
+        "adamw_torch, or use the profile zero3-offload [optimizer-and-parallelism:optimizer]",
     ),
     (
         {"optimizer": "adamw_bnb_8bit", "deepspeed": "ds.json"},
         "error: optimizer: offload_optimizer replaces adamw_bnb_8bit by Adam without AdamW's weight decay; set "
-        "adamw_torch, or use the profile zero3-offload [optimizer-and-engine:optimizer]",
+        "adamw_torch, or use the profile zero3-offload [optimizer-and-parallelism:optimizer]",
     ),
     (
         {"lr_scheduler": "cosine_with_min_lr"},
@@ -440,7 +440,7 @@ def test_a_mistake_gives_one_finding(change, text):
     assert list(map(str, findings_of(change))) == [f": {text}"]
 
 
-OTHERS = {"gpu-lacks", "no-gpu", "engine-needs-gpus"}  # which have tests of their own
+OTHERS = {"gpu-lacks", "no-gpu", "parallelism-needs-gpus"}  # which have tests of their own
 
 
 def test_a_pattern_without_an_end_is_refused_in_time(monkeypatch):
@@ -616,7 +616,7 @@ def test_fp16_and_fsdp_need_gpus_only_once_a_run_starts():
     assert findings_of({}, "T4", launching=True) == []
     fsdp = {"optimizer": "adamw_torch", "fsdp_config": {"reshard_after_forward": True}, "fp16": False}
     assert names(fsdp) == []
-    assert names(fsdp, launching=True) == ["error engine-needs-gpus:fsdp_config"]
+    assert names(fsdp, launching=True) == ["error parallelism-needs-gpus:fsdp_config"]
 
 
 PACKED = {"fp16": False, "bf16": True, "sample_packing": True}

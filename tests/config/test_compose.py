@@ -71,7 +71,7 @@ def test_a_mirror_is_a_difference(place):
     assert changes["revision_of_model"] == (None, "profile mirror")
 
 
-def test_a_rehearsal_in_one_process_drops_the_engine():
+def test_a_rehearsal_in_one_process_drops_parallelism():
     request = Request(NAME, profiles=["zero2"], rehearse=True)
     composed = compose.compose(request)
     assert "deepspeed" not in composed.config

@@ -33,7 +33,7 @@ def place(tmp_path, monkeypatch):
 
 
 def decisions(name: str, file: Path) -> tuple[object, ...]:
-    """What the project decides about a file without its comments: relatives, release, config, settings of others."""
+    """Relatives, release, config and reported settings of a file."""
     old, composed = migrate.of_file(str(file), None), compose.compose(Request(str(file)))
     study = studies.usable_study_of(composed.origin)
     reported = study.reported_settings(study.origin(composed.origin)) if study else None

@@ -93,7 +93,7 @@ def test_the_sample_takes_the_place_of_rows_that_are_not_there(path):
     assert Path(dataset["path"]).is_file()
     assert dataset["type"] == "alpaca"
     assert composed.config["sequence_len"] == 512
-    reason = f"rows of the shipped sample, because {path} cannot be loaded in part on this machine"
+    reason = f"rows of the built-in sample, because {path} cannot be loaded in part on this machine"
     assert source(composed, "datasets.0.path") == Source("rehearsal", detail=reason)
     assert "test_datasets" not in composed.config
     more = rehearsed({"datasets": [{"path": path, "type": "completion"}]}, "datasets.0.split=train[:48]")
@@ -152,7 +152,7 @@ def test_what_is_set_wins_over_the_profile(place):
     assert earlier.config["sequence_len"] == 100
 
 
-def test_rows_are_cut_at_the_context_of_the_stand_in():
+def test_rows_are_truncated_at_the_context_of_the_small_model():
     assert rehearsed({"sequence_len": 32768}).config["sequence_len"] == 8192
     assert rehearsed({"sequence_len": 32768}, "base_model=./other").config["sequence_len"] == 32768
 
@@ -185,7 +185,7 @@ def test_what_a_cpu_lacks_is_exchanged_and_listed(change, expected):
             assert of_key == Source("profile", "rehearsal") or of_key.kind == "rehearsal"
 
 
-def test_ends_of_turns_stay_and_the_stand_in_gets_those_that_it_lacks():
+def test_ends_of_turns_stay_and_the_small_model_gets_those_that_it_lacks():
     ends = ["<|im_end|>", "<|eot_id|>"]
     composed = rehearsed({"eot_tokens": ends})
     assert composed.config["eot_tokens"] == ends
@@ -224,7 +224,7 @@ def test_a_small_model_that_is_here_is_kept_with_what_belongs_to_it(mib, is_kept
     assert {key for key in of_model if content.get(key) == of_model[key]} == (of_model.keys() if is_kept else set())
 
 
-def test_layers_that_the_stand_in_has_apart_are_named_apart():
+def test_layers_that_the_small_model_has_apart_are_named_apart():
     fused = {"lora_target_modules": ["qkv_proj", "o_proj", "gate_up_prj"]}
     assert rehearsed(fused).config["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_prj"]
     assert rehearsed(fused, "base_model=./phi").config["lora_target_modules"] == fused["lora_target_modules"]

@@ -295,7 +295,7 @@ def test_only_wanted_files_of_an_archive_are_extracted(tmp_path, server, member)
 
 @contextmanager
 def answering(answer: bytes) -> Iterator[tuple[str, list[bytes]]]:
-    """A server that gives every request the same bytes, and closes; yields its address and the requests."""
+    """A server that gives every request the same bytes, and closes; yields its URL and the requests."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         asked: list[bytes] = []
 
@@ -390,7 +390,7 @@ def test_a_partial_download_without_a_record_of_its_own_starts_over(tmp_path, se
     assert server.asked_for() == [None]
 
 
-def test_a_signed_address_is_used_but_neither_stored_nor_shown(tmp_path, server, capsys):
+def test_a_signed_url_is_used_but_neither_stored_nor_shown(tmp_path, server, capsys):
     server.answers = [500]
     server.breaks_after = [1000]
     signed = f"{server.url}?download=1&X-Amz-Signature=planted"

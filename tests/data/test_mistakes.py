@@ -80,7 +80,7 @@ IN_STUDY_YAML = [
     pytest.param({f"{RESULTS} > log": {"source": "a", "remarks": {"step": "rounding"}}},
         f"published.{RECIPE}.log.remarks.step", "Input should be 'steps', 'learning_rates', 'trainable', "
         "'adapter_bytes' or 'reserved_bytes', not step", id="remark on an unknown figure"),
-    pytest.param({"variants > a/b": {"of": RECIPE, "reproduces": True, "log": UNREAD}},
+    pytest.param({"ablations > a/b": {"parent": RECIPE, "reproduces": True, "log": UNREAD}},
         "variants.a/b.log.learning_rates", "no such file beside study.yaml: r.csv; add it",
         id="variant with missing learning rates"),
     pytest.param({f"{RESULTS} > repeats > bleu4": [5.0]}, "published.haider2024/llama-3.2-3b.repeats.bleu4",
@@ -90,7 +90,7 @@ IN_STUDY_YAML = [
         "missing; add this key", id="no references"),
     pytest.param({f"{RESULTS} > adapter": "mine"}, "published.haider2024/llama-3.2-3b.adapter",
         "mine/adapter_config.json is unknown; known: train.jsonl, test.csv", id="adapter without files"),
-    pytest.param({"variants > a/b": {"of": "lama-2-7b", "reproduces": True}}, "variants.a/b.of",
+    pytest.param({"ablations > a/b": {"parent": "lama-2-7b", "reproduces": True}}, "ablations.a/b.parent",
         "lama-2-7b is unknown; did you mean haider2024/llama-2-7b?", id="variant of no recipe"),
     pytest.param({"tolerances > bleu": 0.1}, "tolerances.bleu",
         "bleu is unknown; did you mean bleu4 or sacrebleu?", id="tolerance of an unknown metric"),

@@ -30,7 +30,7 @@ def test_what_a_study_declares(tmp_path):
     curve = tmp_path / "a.csv"
     curve.write_text("step,train_loss\n1,2.5\n")
     scores = {"accuracy": {"value": 67.4, "spread": 1.0}, "perplexity": 3}
-    changes: dict[str, Any] = dict.fromkeys(("shown", "variants", "tolerances", "baselines", "unreported"))
+    changes: dict[str, Any] = dict.fromkeys(("shown", "ablations", "tolerances", "baselines", "unreported"))
     changes["metrics"] = {"accuracy": {"metric": "number", "label": "GSM8K"}, "perplexity": None}
     changes["published"] = {RECIPE: {"scores": scores, "curve": "a.csv"}}
     study = loaded(tmp_path, changes | {"decodings": {"greedy": {"max_new_tokens": 9}}})
@@ -41,19 +41,19 @@ def test_what_a_study_declares(tmp_path):
     assert published == {"accuracy": PublishedScore(value=67.4, spread=1.0), "perplexity": PublishedScore(value=3)}
     assert [str(score) for score in published.values()] == ["67.4 ± 1.0", "3"]
     assert study.decodings["greedy"].top_k == 0
-    assert study.variants == {}
+    assert study.ablations == {}
     assert study.baselines == []
 
 
 def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path):
     other, variant = "haider2024/llama-3-8b", "haider2024/all-linear/llama-2-7b"
     published = {RECIPE: {"repeats": {"bleu4": [5.0, 5.2]}}, other: {}}
-    changed = loaded(tmp_path, {"published": published, "variants": {variant: {"of": RECIPE, "reproduces": True}}})
+    changed = loaded(tmp_path, {"published": published, "ablations": {variant: {"parent": RECIPE, "reproduces": True}}})
     assert [changed.repeats(name, "bleu4") for name in (RECIPE, variant, other)] == [[5.0, 5.2]] * 3
     assert changed.repeats(RECIPE, "rouge_l") == []
     assert studies.load(paths.RECIPES / "haider2024").repeats(RECIPE, "bleu4") == []
     with pytest.raises(UserError, match="published: "):
-        loaded(tmp_path / "none", {"published": {}, "variants": None})
+        loaded(tmp_path / "none", {"published": {}, "ablations": None})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.files import Row, sha256, write_rows
+from qlora_recipes.commands.evaluate import evaluate_command
 from qlora_recipes.config import substitution
 from qlora_recipes.config.datafiles import DataFile
 from qlora_recipes.data import studies
@@ -37,7 +38,6 @@ from qlora_recipes.results import card, listing
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import FileState, Launch
-from qlora_recipes.verbs.evaluate import evaluate_verb
 
 
 def evaluated(run: RunDir, **more: Any) -> Evaluation:
@@ -432,14 +432,16 @@ def test_a_larger_limit_goes_on_with_the_predictions_of_a_smaller_one(run, monke
 def test_every_output_of_scores_of_a_part_says_so(scored, recipe):
     predictions = scored.path / "predictions.jsonl"
     part = f"2 of {len(predictions.with_name('test.jsonl').read_bytes().splitlines())} rows"
-    verbs = {
+    commands = {
         "evaluate": ("evaluate", scored.path, "--limit", "2", "--max-new-tokens", "8", "--metric", "bertscore:none"),
         "results": ("results", scored.path),
         "compare": ("results", scored.path, predictions),
         "score": ("score", predictions),
     }
-    done = {verb: recipe.ok(*words) for verb, words in verbs.items()}
-    assert {verb: part in f"{said.stdout}{said.stderr}" for verb, said in done.items()} == dict.fromkeys(verbs, True)
+    done = {command: recipe.ok(*words) for command, words in commands.items()}
+    assert {command: part in f"{said.stdout}{said.stderr}" for command, said in done.items()} == dict.fromkeys(
+        commands, True
+    )
 
 
 def test_scored_rows_that_are_training_rows_are_named(scored, recipe, tmp_path):
@@ -538,7 +540,7 @@ def test_decoding_is_the_studys_and_not_the_models_own(run, tiny):
     assert used.do_sample is False
     assert used.temperature is None
     assert used.max_new_tokens == 8
-    assert used.eos_token_id == [1, 2, 7, 8]  # the ends that training taught, the tokenizer's too, and the model's
+    assert used.eos_token_id == [1, 2, 7, 8]  # those of the training, the tokenizer's too, and the model's
 
 
 def test_the_model_is_configured_as_in_training(run):
@@ -619,9 +621,11 @@ def test_bad_test_data_is_told_before_a_model_is_loaded(run, tmp_path):
 
 def test_the_base_model_is_scored_beside_the_adapter(run, tiny, capsys):
     save_adapter(tiny, run.output)
-    evaluate_verb(run=str(run.path), limit=2, max_new_tokens=4, metric=["bertscore:none"], base=True, force=[])
+    evaluate_command(run=str(run.path), limit=2, max_new_tokens=4, metric=["bertscore:none"], base=True, force=[])
     heading, *scores = capsys.readouterr().out.splitlines()
     assert heading.split() == ["score", "adapter", "base"] and scores[0].split() == ["rows", "2", "2"]
     assert read_scores(run.path) and read_scores(other_evaluation(run))
     with pytest.raises(UserError, match="--base"):  # the server has one model
-        evaluate_verb(run=str(run.path), base=True, engine="http://localhost:1", model="adapter", metric=[], force=[])
+        evaluate_command(
+            run=str(run.path), base=True, engine="http://localhost:1", model="adapter", metric=[], force=[]
+        )

@@ -31,7 +31,7 @@ def llama_cpp() -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, llama_cpp: Path) -> RunDir:
-    """A rehearsal of the stand-in model on chats, with its GGUF files."""
+    """A rehearsal of the small model on chats, with its GGUF files."""
     folder = tmp_path_factory.mktemp("laptop")
     quantize = folder / "llama-quantize"
     quantize.write_text(f"#!{PYTHON}\n{(SUPPORT / 'llama_quantize.py').read_text()}")
@@ -51,7 +51,7 @@ def served(file: Path) -> Iterator[list[str]]:
         assert server.stdout
         try:
             url = server.stdout.readline().strip()
-            yield ["--engine", url, "--model", file.stem, *FEW]
+            yield ["--engine", url, "--served-model", file.stem, *FEW]
         finally:
             server.kill()
 
@@ -91,7 +91,7 @@ PROMPT = "faulty.gguf: the prompt of row 1 differs from the training's from toke
             [(EOS, NO_EOS), (b"<|im_end|>", b"<|im_out|>")],  # the server also knows the latter by name
             "faulty.gguf: does not end an answer at '<|im_end|>' (token 2), as the training does; export it again, "
             "with the tokenizer in the run's folder",
-            id="end token lost",
+            id="EOS lost",
         ),
     ],
 )

@@ -153,7 +153,7 @@ def test_without_row_scores_the_interval_covers_the_truth_and_is_not_narrower_th
 
 
 @pytest.mark.parametrize("repeats", [2, 3, 5])
-def test_one_run_with_a_borrowed_spread_covers_the_truth(repeats):
+def test_one_run_with_published_repeats_covers_the_truth(repeats):
     rng = np.random.default_rng(5)
     covered = alone = 0
     for _ in range(STUDIES):
@@ -161,9 +161,9 @@ def test_one_run_with_a_borrowed_spread_covers_the_truth(repeats):
         half = 1.96 * run.std() / 400**0.5
         of_rows = [run.mean() - half, run.mean() + half]
         means = [other.mean() for other in other_runs]
-        borrowed, rows = (intervals.interval_of_mean([run.mean()], None, [of_rows], of) for of in (means, ()))
-        assert borrowed and rows and rows.method == "rows only"
-        covered += borrowed.low <= 0 <= borrowed.high
+        published, rows = (intervals.interval_of_mean([run.mean()], None, [of_rows], of) for of in (means, ()))
+        assert published and rows and rows.method == "rows only"
+        covered += published.low <= 0 <= published.high
         alone += rows.low <= 0 <= rows.high
     assert 0.93 <= covered / STUDIES <= 0.97
     assert alone / STUDIES < 0.75  # which is why a verdict says that it knows rows only
@@ -186,9 +186,9 @@ def test_the_mean_squares_are_those_of_a_two_way_layout():
         pytest.param(Interval(0, 1, runs=2, one_seed=True), "rows and 2 runs of one seed", False, id="one seed"),
         pytest.param(
             Interval(0, 1, repeats=(48.0, 48.2, 49.14)),
-            "rows and a borrowed spread of 0.61 from 3 repeats, 48 to 49.14",
+            "rows and a run-to-run standard deviation of 0.61 from 3 published repeats, 48 to 49.14",
             False,
-            id="borrowed",
+            id="published",
         ),
     ],
 )
@@ -197,7 +197,7 @@ def test_an_interval_says_which_variation_it_covers(interval, words, covers_seed
     assert interval.covers_seeds is covers_seeds
 
 
-def test_an_interval_covers_rows_runs_or_a_borrowed_spread():
+def test_an_interval_covers_rows_runs_or_published_repeats():
     rows = [[1.0, 2.0, 3.0], [1.5, 2.0, 3.5]]
     two = intervals.interval_of_mean([2.0, 2.33], rows)
     assert two.method == "rows and 2 runs"
@@ -210,12 +210,12 @@ def test_an_interval_covers_rows_runs_or_a_borrowed_spread():
     alone = intervals.interval_of_mean([5.0], None, [[4.5, 5.6]])
     assert [alone.low, alone.high] == pytest.approx([4.5, 5.6])
     assert alone.method == "rows only"
-    borrowed = intervals.interval_of_mean([48.0], None, [[45.0, 50.0]], repeats)
-    assert borrowed.over_rows
-    assert borrowed.repeats == tuple(repeats)
-    assert borrowed.low < 45
-    assert borrowed.high > 50
-    assert 48 - borrowed.low > borrowed.high - 48  # the rows' own skew
+    published = intervals.interval_of_mean([48.0], None, [[45.0, 50.0]], repeats)
+    assert published.over_rows
+    assert published.repeats == tuple(repeats)
+    assert published.low < 45
+    assert published.high > 50
+    assert 48 - published.low > published.high - 48  # the rows' own skew
 
 
 def test_runs_that_are_alike_to_the_last_row_are_as_certain_as_their_rows():
@@ -244,9 +244,12 @@ def test_runs_that_are_always_right_or_wrong_have_no_narrower_interval_than_one(
 def test_runs_on_the_same_rows_vary_by_students_t():
     assert intervals.interval_on_fixed_rows([0.38]) is None
     assert intervals.interval_on_fixed_rows([0.802], [0.802, 0.802]) is None
-    borrowed = intervals.interval_on_fixed_rows([0.38], [0.3797, 0.3796, 0.3796])
-    assert borrowed is not None and borrowed.method == "a borrowed spread of 5.8e-05 from 3 repeats, 0.3796 to 0.3797"
-    assert borrowed.high - 0.38 == pytest.approx(4.302653 * 5.7735e-5, rel=1e-5)  # of two degrees of freedom
+    published = intervals.interval_on_fixed_rows([0.38], [0.3797, 0.3796, 0.3796])
+    assert (
+        published is not None
+        and published.method == "a run-to-run standard deviation of 5.8e-05 from 3 published repeats, 0.3796 to 0.3797"
+    )
+    assert published.high - 0.38 == pytest.approx(4.302653 * 5.7735e-5, rel=1e-5)  # of two degrees of freedom
     measured = intervals.interval_on_fixed_rows([0.38, 0.382], [0.3797, 0.3796, 0.3796])
     assert measured is not None and (measured.method, measured.covers_seeds) == ("2 runs", True)
     assert measured.high - 0.381 == pytest.approx(12.7062 * 0.0014142 / 2**0.5, rel=1e-4)

@@ -66,7 +66,7 @@ def test_other_servers_serve_no_file():
     assert llamas.served_file(server.url, "m") is None  # which has ended
 
 
-def test_answers_are_cut_at_the_ends_of_the_run():
+def test_answers_are_truncated_at_the_ends_of_the_run():
     with serving_llama(FakeLlama()) as server:
         of = engine(server, FakeLlama())
         answers = [*of.generate([[5, 6]], ())]
@@ -148,7 +148,7 @@ FIRST = "m-f16.gguf: the prompt of row 1 differs from the training's from token"
             {"ends": {3}},
             "m-f16.gguf: does not end an answer at '</s>' (token 2), as the training does; export it again, with the "
             "tokenizer in the run's folder",
-            id="end token lost",
+            id="EOS lost",
         ),
         pytest.param(
             {"context": 40},

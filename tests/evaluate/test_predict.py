@@ -93,14 +93,14 @@ def test_another_model_is_recorded_and_does_not_stand_for_the_references(run, pa
         evaluate(run, request_of())
 
 
-def test_answers_at_the_limit_without_an_end_are_cut(run, parts, monkeypatch):
+def test_answers_at_the_limit_without_an_end_are_truncated(run, parts, monkeypatch):
     answers = cycle([[7] * 6, [7] * 5 + [min(parts.prompter.ends)], [7]])
     other = Changed(parts.reference, lambda _: Completion("another", next(answers)))
     monkeypatch.setattr(predict, "start_engine", lambda *_: nullcontext(other))
     done = evaluate(run, request_of(engine="http://x", model="m"))
     rows = read_predictions(other_evaluation(run))
-    assert [row.get("cut", False) for row in rows] == [True, False, False] * 2
-    assert done.notes[-1] == "2 of 6 answers were cut at 6 new tokens; raise --max-new-tokens"
+    assert [row.get("truncated", False) for row in rows] == [True, False, False] * 2
+    assert done.notes[-1] == "2 of 6 answers were truncated at 6 new tokens; raise --max-new-tokens"
 
 
 def test_only_greedy_answers_that_mostly_agree_stand_for_the_references(run):

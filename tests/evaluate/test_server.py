@@ -145,8 +145,8 @@ def test_a_server_that_never_answers_is_given_up():
 @pytest.mark.parametrize(
     ("models", "model", "problem"),
     [
-        (None, "n", "--model n: .* m, another"),
-        (None, "anther", r"--model anther: .* another\?"),
+        (None, "n", "--served-model n: .* m, another"),
+        (None, "anther", r"--served-model anther: .* another\?"),
         (None, None, "--model; .* m, another"),
         (None, "another", "v1/: the server's name is None; only vLLM and llama"),
         ((200, {"data": [{"id": "m", "owned_by": "library"}]}), "m", "name is library; .*; start one of these there"),
@@ -171,14 +171,14 @@ def test_a_model_is_asked_for_before_anything(models, model, problem):
         ("https://host/v1?api_key=geheim", servers.KEY),
     ],
 )
-def test_addresses_that_are_none_or_hold_a_key_are_refused(url, problem):
+def test_urls_that_are_none_or_hold_a_key_are_refused(url, problem):
     with pytest.raises(UserError, match=problem) as refused:
         servers.api_at(url)
     assert "geheim" not in str(refused.value)
 
 
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
-def test_an_address_may_end_as_it_is_written_anywhere(end):
+def test_a_url_may_end_as_it_is_written_anywhere(end):
     assert servers.api_at(f"https://host:1{end}").url == "https://host:1/v1/"
     assert servers.api_at("https://host/openai").url == "https://host/openai/"
 

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def training(folder: Path) -> Path:
     """A run of the rehearsal's model, by the settings of a recipe."""
-    return trainings.train(folder, "undisturbed", trainings.RECIPE, trainings.of_stand_in(folder))
+    return trainings.train(folder, "undisturbed", trainings.RECIPE, trainings.of_small_model(folder))
 
 
 @pytest.fixture

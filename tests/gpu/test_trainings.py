@@ -10,7 +10,7 @@ import trainings
 from figures import Figure
 from memory_plugin import BEGUN
 from safetensors.torch import load_file
-from trainings import GPU, RECIPE, logged, needs_gpu, of_stand_in, rate, relative, settings, train
+from trainings import GPU, RECIPE, logged, needs_gpu, of_small_model, rate, relative, settings, train
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import read_json
@@ -43,7 +43,7 @@ def test_adapter_scale_in_training(training, check):
 
 
 def test_resume_to_the_same_adapter(training, folder, check):
-    run = train(folder, "stopped", RECIPE, of_stand_in(folder), stop=trainings.STOPPED_AT)
+    run = train(folder, "stopped", RECIPE, of_small_model(folder), stop=trainings.STOPPED_AT)
     trainings.recipe("resume", run)
     pairs = [logged(run_folder, key) for key in ("loss", "grad_norm") for run_folder in (training, run)]
     adapters = [load_file(run_folder / "output" / "adapter_model.safetensors") for run_folder in (training, run)]
@@ -61,7 +61,7 @@ def test_resume_to_the_same_adapter(training, folder, check):
 def test_half_precision(folder, check):
     formats = ["fp32", "fp16", *(["bf16"] if trainings.BF16 else [])]
     runs = {
-        name: train(folder, name, RECIPE, of_stand_in(folder, **HALF, fp16=name == "fp16", bf16=name == "bf16"))
+        name: train(folder, name, RECIPE, of_small_model(folder, **HALF, fp16=name == "fp16", bf16=name == "bf16"))
         for name in formats
     }
     exact = logged(runs["fp32"], "loss")
@@ -77,8 +77,8 @@ def test_half_precision(folder, check):
 @needs_gpu
 def test_profile_fast(folder, check):
     changed = {"lora_dropout": 0.0, "lora_target_linear": True, "lora_target_modules": None}  # so that it applies whole
-    changes = of_stand_in(folder, attn_implementation="sdpa", **changed)
-    plain, fast = pair(folder, "stand-in", RECIPE, changes, "fast")
+    changes = of_small_model(folder, attn_implementation="sdpa", **changed)
+    plain, fast = pair(folder, "small model", RECIPE, changes, "fast")
     with trainings.random_weights(folder, trainings.SHAPES[0], trainings.LAYERS) as (model, length):
         rows = folder / "full.jsonl"
         random_models.write_full_rows(rows, model, length, 4 * trainings.STEPS)
@@ -121,7 +121,7 @@ def test_shape(folder, check, name):
 @trainings.needs_two_gpus
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_engine(folder, check, engine):
-    changes = of_stand_in(folder, lora_dropout=0.0)  # each rank would drop others
+    changes = of_small_model(folder, lora_dropout=0.0)  # each rank would drop others
     runs = [*folder.glob("alone/**/run.json")]
     alone = runs[0].parent if runs else train(folder, "alone", RECIPE, changes)
     divided = train(folder, engine, RECIPE, changes, "--profile", engine, "--gpus", "2")

@@ -66,22 +66,22 @@ def settings(model: Path, rows: Path, length: int, **changes: Any) -> dict[str, 
     } | changes
 
 
-def of_stand_in(folder: Path, **changes: Any) -> dict[str, Any]:
+def of_small_model(folder: Path, **changes: Any) -> dict[str, Any]:
     """Changes to a recipe that train the rehearsal's model for a few steps.
 
     On a CPU in fp32, which plans follow most closely. On a GPU attention is eager: the backward pass of the others adds
     in any order, so that two equal trainings differ in their last bits.
     """
-    rows, model = folder / "stand-in.jsonl", stand_in(folder)
+    rows, model = folder / "small model.jsonl", small_model(folder)
     if not rows.is_file():
         random_models.write_full_rows(rows, model, LENGTH, STEPS * 4)
     exact = {"attn_implementation": "eager", "special_tokens": None} if GPU else {"bf16": False}
     return settings(model, rows, LENGTH) | exact | changes
 
 
-def stand_in(folder: Path) -> Path:
+def small_model(folder: Path) -> Path:
     """The rehearsal's model; on a CPU random weights in its shape with fewer layers, which train in seconds."""
-    model, few = substitution.model_folder(), folder / "stand-in"
+    model, few = substitution.model_folder(), folder / "small model"
     if GPU:
         return model
     if not few.is_dir():

@@ -121,8 +121,8 @@ def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta, tmp
     other.mkdir()
     (other / "model.safetensors").write_bytes(b"others")
     assert not is_recorded(ScorerModel(model=str(other), layer=2), scorer_record)
-    stand_in = score.scorer_model(ScorerModel(), None, rehearsal=True)
-    assert stand_in and is_recorded(stand_in, bertscore.record(stand_in))
+    small_model = score.scorer_model(ScorerModel(), None, rehearsal=True)
+    assert small_model and is_recorded(small_model, bertscore.record(small_model))
 
 
 def test_the_judge_is_the_default_only_where_it_is_here(tmp_path, monkeypatch):

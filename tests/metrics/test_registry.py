@@ -41,9 +41,9 @@ def test_the_eval_loss_and_the_perplexity_are_of_the_run():
     ("entry", "losses", "value"),
     [
         pytest.param({}, EvalLosses(1.25, 1.5), 1.25, id="per token by default"),
-        pytest.param({"of": "tokens"}, EvalLosses(1.25, 1.5), 1.25, id="per token"),
-        pytest.param({"of": "trainer"}, EvalLosses(1.25, 1.5), 1.5, id="the Trainer's"),
-        pytest.param({"of": "trainer"}, EvalLosses(1.25), None, id="the Trainer's is missing"),
+        pytest.param({"by": "tokens"}, EvalLosses(1.25, 1.5), 1.25, id="per token"),
+        pytest.param({"by": "trainer"}, EvalLosses(1.25, 1.5), 1.5, id="the Trainer's"),
+        pytest.param({"by": "trainer"}, EvalLosses(1.25), None, id="the Trainer's is missing"),
     ],
 )
 def test_an_eval_loss_is_per_token_or_the_trainers(entry, losses, value):
@@ -53,7 +53,7 @@ def test_an_eval_loss_is_per_token_or_the_trainers(entry, losses, value):
 
 def test_an_eval_loss_of_something_else_is_refused():
     with pytest.raises(WrongMetric) as raised:
-        registry.column("loss", {"metric": "eval_loss", "of": "rows"})
+        registry.column("loss", {"metric": "eval_loss", "by": "rows"})
     assert str(raised.value) == "of: Input should be 'tokens' or 'trainer', not rows; eval_loss takes of"
 
 

@@ -12,7 +12,7 @@ import orjson
 import pytest
 import torch
 from conftest import SMALL, config_with, recipe_config, train_many
-from families import SHIPPED, TINY
+from families import BUILT_IN, TINY
 from memory_plugin import MEMORY, peak
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -82,7 +82,7 @@ TRAINED = {  # this project's own counts; the authors give none
 }
 PARAMETERS = [
     *((of_recipe(name), "trainable", trained) for name, trained in TRAINED.items()),
-    *((of_family(config), "frozen", frozen) for config, frozen in SHIPPED.values()),
+    *((of_family(config), "frozen", frozen) for config, frozen in BUILT_IN.values()),
     *((of_pefts_comparison(change), "trainable", trained) for change, trained, _ in PEFTS_RUNS),
     # thinking-machines-lab/tinker-cookbook@ece68c2a, hyperparam_utils.py; two share a matrix between both ends
     (on_the_head("3.2-1B", 128), "trainable", 128 * 834_816),

@@ -1,4 +1,4 @@
-"""Hours of the shipped recipes, in recipes/hours.json and in the tables that show them."""
+"""Hours of the built-in recipes, in recipes/hours.json and in the tables that show them."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ REMEDY = "run `.venv/bin/python tools/plans.py` and `recipe render`"
 
 
 @pytest.fixture
-def shipped() -> dict[str, Any]:
+def built_in() -> dict[str, Any]:
     return read_json(paths.HOURS)
 
 
-def test_each_recipe_has_hours_and_the_published_ones_are_those_of_its_log(shipped):
-    hours = shipped["recipes"]
+def test_each_recipe_has_hours_and_the_published_ones_are_those_of_its_log(built_in):
+    hours = built_in["recipes"]
     assert hours.keys() <= set(paths.recipe_names()), REMEDY
     for study in studies.load_all():
         for name, results in study.published.items():
@@ -26,21 +26,21 @@ def test_each_recipe_has_hours_and_the_published_ones_are_those_of_its_log(shipp
                 assert hours[name] == {"hours": expected, "hours_are": "published"}, REMEDY
 
 
-def test_the_readme_shows_the_shortest_training_of_each_study(shipped):
+def test_the_readme_shows_the_shortest_training_of_each_study(built_in):
     cells = {}
     for line in (paths.RECIPES.parent / "README.md").read_text().splitlines():
         if line.startswith("| `"):
             cells[line.split("`")[1]] = line.rstrip(" |").rpartition(" | ")[2]
     for study in paths.studies():
-        hours = [hours for name, hours in shipped["recipes"].items() if name.startswith(f"{study.name}/")]
+        hours = [hours for name, hours in built_in["recipes"].items() if name.startswith(f"{study.name}/")]
         shortest = min((row["hours"], row["hours_are"]) for row in hours)
         assert cells[study.name] == "{}, {}".format(*shortest)
 
 
-def test_list_names_the_cheapest_run_with_a_verdict(recipe, shipped):
-    cheapest = shipped["cheapest"]
+def test_list_names_the_cheapest_run_with_a_verdict(recipe, built_in):
+    cheapest = built_in["cheapest"]
     note = f"cheapest run with a verdict: {cheapest}; planned hours are for one A100 80GB"
     assert recipe("list").stdout.splitlines()[-1] == note
     (row,) = [row for row in recipe.json("list") if row["recipe"] == cheapest]
-    assert {key: row[key] for key in ("hours", "hours_are")} == shipped["recipes"][cheapest]
+    assert {key: row[key] for key in ("hours", "hours_are")} == built_in["recipes"][cheapest]
     assert f"{cheapest}`" in (paths.RECIPES.parent / "docs/first-gpu-run.md").read_text()

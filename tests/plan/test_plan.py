@@ -12,12 +12,12 @@ from planned_memory import WEIGHTS, kept_by_rank
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.hardware import GIB
+from qlora_recipes.commands.plan import _print_plan, _print_plans
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request
 from qlora_recipes.plan import plan, step_plan, steps, work
 from qlora_recipes.plan.published_log import Compared, ComparedLog
 from qlora_recipes.plan.work import TokenCount, Work
-from qlora_recipes.verbs.plan import _print_plan, _print_plans
 
 TURING, AMPERE = (7, 5), (8, 0)
 
@@ -229,14 +229,14 @@ def test_ranks_divide_what_their_engine_divides(small):
     assert one == {}
     assert more["DDP"] > more["ZeRO-1"] > more["ZeRO-2"] > more["ZeRO-3"]
     assert most["FSDP"] < more["FSDP"]
-    engines: dict[str, dict[str, Any]] = {
+    sizes: dict[str, dict[str, Any]] = {
         "DDP": {},
         "ZeRO-3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
         "FSDP": {"fsdp_config": {"reshard_after_forward": True}},
     }
-    for engine, change in engines.items():
+    for parallelism, change in sizes.items():
         planned = plan.plan(small | change, gpus.find("T4"), gpus=4)[0]
-        assert planned.gpus[0].free == pytest.approx(planned.gpus[0].usable - planned.per_gpu[engine])
+        assert planned.gpus[0].free == pytest.approx(planned.gpus[0].usable - planned.per_gpu[parallelism])
 
 
 def test_a_base_model_in_8_bits_has_a_byte_a_weight(small):
@@ -275,14 +275,14 @@ def test_trained_weights_take_what_engines_were_seen_to_allocate(small, change, 
     trained, parts = step.memory.total("trainable"), step.memory.usage.parts
     frozen = sum(parts.get(kind, 0) for kind in WEIGHTS) if step.step.adapter else 0
     upcast = parts["embeddings and head"] if step.step.adapter else 0
-    bytes_by_engine = kept_by_rank(step, 4)
+    bytes_by_parallelism = kept_by_rank(step, 4)
     copy, state = zero
     if "paged" in step.step.optimizer:
         state += parts["optimizer"] / trained  # of small tensors, which stays on the GPU
-    assert bytes_by_engine["ZeRO-1"] == pytest.approx(frozen + trained * (2 * copy + state / 4), rel=1e-3)
-    assert bytes_by_engine["ZeRO-2"] == pytest.approx(frozen + trained * (copy + (copy + state) / 4), rel=1e-3)
-    assert bytes_by_engine["ZeRO-3"] == pytest.approx((frozen + trained * (2 * copy + state)) / 4, rel=1e-3)
-    assert bytes_by_engine["FSDP"] == pytest.approx((frozen + upcast + trained * fsdp) / 4, rel=1e-3)
+    assert bytes_by_parallelism["ZeRO-1"] == pytest.approx(frozen + trained * (2 * copy + state / 4), rel=1e-3)
+    assert bytes_by_parallelism["ZeRO-2"] == pytest.approx(frozen + trained * (copy + (copy + state) / 4), rel=1e-3)
+    assert bytes_by_parallelism["ZeRO-3"] == pytest.approx((frozen + trained * (2 * copy + state)) / 4, rel=1e-3)
+    assert bytes_by_parallelism["FSDP"] == pytest.approx((frozen + upcast + trained * fsdp) / 4, rel=1e-3)
 
 
 def test_embeddings_have_32_bit_state_with_8_bit_optimizers(small):
@@ -412,7 +412,7 @@ T4        14.50  no: bf16     10.25
 then it fits, 3.00 GiB: --set sequence_len=1024 (longer rows are lost)
 
 work
-row lengths           unknown; tokens and hours assume full rows; if rows and tokenizer are local, --data measures \
+row lengths           unknown; tokens and hours assume full rows; if rows and tokenizer are local, --all-rows measures \
 lengths
 rows                  109 (the config's data)
 tokens in all epochs  up to 446,464 (every row counted at full length)
@@ -456,7 +456,7 @@ figure             planned   published  difference  remark
 learning_rates       3e-07       2e-07  +1e-07      of 940 rates
 steps               94,004      94,000  +4          they rounded down
 trainable       83,886,080  83,886,080  equal       –
-tokens                   –   4,198,051  –           counted with --data
+tokens                   –   4,198,051  –           counted with --all-rows
 note: a note
 """
 PRINTED_SHORT_LOG = """\
@@ -473,7 +473,7 @@ def test_a_log_is_printed_beside_the_plan(capsys):
         Compared("learning_rates", 3e-07, 2e-07, False, "of 940 rates"),
         Compared("steps", 94_004, 94_000, False, "they rounded down"),
         Compared("trainable", 83_886_080, 83_886_080, True),
-        Compared("tokens", None, 4_198_051, False, "counted with --data"),
+        Compared("tokens", None, 4_198_051, False, "counted with --all-rows"),
     ]
     planned = planned_example(True)
     planned.log = ComparedLog("On sums, table 2", {"rows": 150_406, "num_epochs": 5, "skipped_steps": 37}, figures)
@@ -500,7 +500,7 @@ def test_the_tokens_of_the_data_are_counted(recipe, small, tiny, sample):
     small |= {"base_model": str(tiny), "special_tokens": {"pad_token": "</s>"}}
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
     (sample.parent / "tiny.yaml").write_text(yamlfiles.write_yaml(small))
-    (planned,) = recipe.json("plan", sample.parent / "tiny.yaml", "--data")
+    (planned,) = recipe.json("plan", sample.parent / "tiny.yaml", "--all-rows")
     assert 0 < planned["work"]["tokens"] < planned["work"]["rows"] * 2048
 
 
@@ -516,7 +516,7 @@ def test_the_tokens_of_the_data_are_counted(recipe, small, tiny, sample):
             "--set base_model=null",
             "--set base_model=null: error: base_model: missing; set it [missing-key:base_model]",
         ),
-        ("--data", "--data: datasets.0: its rows are not on this machine; leave --data out"),
+        ("--all-rows", "--all-rows: datasets.0: its rows are not on this machine; leave --all-rows out"),
     ],
 )
 def test_a_config_that_cannot_be_planned_is_refused(recipe, arguments, message):

@@ -15,7 +15,7 @@ from qlora_recipes.config import merging
 from qlora_recipes.config.compose import Request, compose
 from qlora_recipes.config.training_settings import TrainingSettings
 from qlora_recipes.data import published, studies
-from qlora_recipes.data.published import Log, Variant
+from qlora_recipes.data.published import Ablation, Log
 from qlora_recipes.plan import fake_step, plan, published_log, step_plan
 from qlora_recipes.plan.published_log import PlannedLog
 from qlora_recipes.plan.work import TokenCount, Work
@@ -165,7 +165,7 @@ def test_a_log_that_cannot_be_planned_prevents_no_other_plan(monkeypatch):
     study = studies.study_of(REFINEMENT)
     assert study
     log = Log(source="a", steps=10, learning_rates="study.yaml")
-    monkeypatch.setattr(study, "variants", {REFINEMENT: study.variants[REFINEMENT].model_copy(update={"log": log})})
+    monkeypatch.setattr(study, "ablations", {REFINEMENT: study.ablations[REFINEMENT].model_copy(update={"log": log})})
     assert plan.plan_request(Request(REFINEMENT)).log is None
     with pytest.raises(UserError) as refused:
         plan.plan_request(Request(REFINEMENT), log=True)
@@ -183,7 +183,7 @@ def test_a_wrong_setting_of_a_log_is_refused(settings, problem):
     study = studies.study_of(REFINEMENT)
     assert study
     log = Log(source="a", steps=10, settings=settings)
-    study = study.model_copy(update={"variants": {REFINEMENT: Variant(of="a", reproduces=False, log=log)}})
+    study = study.model_copy(update={"ablations": {REFINEMENT: Ablation(parent="a", reproduces=False, log=log)}})
     with pytest.raises(UserError) as refused:
         PlannedLog.of(study, REFINEMENT, recipe_config(REFINEMENT))
     place = f"haider2024/study.yaml, log of {REFINEMENT}"
@@ -215,7 +215,7 @@ STATUSES = {
 }
 
 
-def test_shipped_statuses_are_those_of_new_plans():
+def test_built_in_statuses_are_those_of_new_plans():
     statuses = {name: plans.equal_to_log(log) for name, log in plans.logs().items()}
     assert {name: status for name, status in statuses.items() if status} == STATUSES
     assert read_json(paths.HOURS)["logs"] == STATUSES, "run `.venv/bin/python tools/plans.py` and `recipe render`"

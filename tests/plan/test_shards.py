@@ -8,7 +8,7 @@ from shard_plugin import SHARDS
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.config import gpus
-from qlora_recipes.config.gpus import engine_of
+from qlora_recipes.config.gpus import parallelism_of
 from qlora_recipes.plan import step_plan
 
 pytestmark = pytest.mark.long
@@ -55,6 +55,6 @@ def test_two_ranks_keep_what_is_planned(tmp_path, tiny, sample, profile, change)
     shards = orjson.loads((tmp_path / SHARDS).read_bytes())
     step, _ = step_plan.plan_step(config, gpus.Gpu("card", (8, 0), 80))
     constants = step.memory.usage.parts.get("quantization constants", 0)  # no parameters, so the plugin misses them
-    planned = kept_by_rank(step, 2)[engine_of(config)] - constants / 2
+    planned = kept_by_rank(step, 2)[parallelism_of(config)] - constants / 2
     print(f"{profile}: planned {planned:,.0f}, measured {sum(shards.values()):,} bytes: {shards}")
     assert sum(shards.values()) == pytest.approx(planned, rel=0.02)

@@ -108,10 +108,13 @@ def test_a_studys_own_count_is_taken_for_its_own_rows_and_tokenizer(change, toke
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("datasets.0.path=none.jsonl", "--data: datasets.0: its rows are not on this machine; leave --data out"),
+        (
+            "datasets.0.path=none.jsonl",
+            "--all-rows: datasets.0: its rows are not on this machine; leave --all-rows out",
+        ),
         (
             "datasets=[{path: broken.jsonl, type: alpaca}, {path: tatsu-lab/alpaca, type: alpaca}]",
-            "--data: datasets.1: its rows are not on this machine; leave --data out",
+            "--all-rows: datasets.1: its rows are not on this machine; leave --all-rows out",
         ),
         (
             "datasets.0.path=rows.parquet",
@@ -123,7 +126,7 @@ def test_a_studys_own_count_is_taken_for_its_own_rows_and_tokenizer(change, toke
             "broken.jsonl:2: error: datasets.0.path: 1 row: not JSON in UTF-8 (unexpected end of data); correct or "
             "drop these rows [bad-row:datasets.0.path]",
         ),
-        ("sequence_len=8", "--data: sequence_len and val_set_size leave no training rows; leave --data out"),
+        ("sequence_len=8", "--all-rows: sequence_len and val_set_size leave no training rows; leave --all-rows out"),
     ],
 )
 def test_rows_that_cannot_be_counted_are_refused(recipe_file, place, override, message):

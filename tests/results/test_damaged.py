@@ -111,8 +111,8 @@ def test_predictions_that_are_none_are_named(recipe, bad, change):
 def test_a_truncated_adapter_is_neither_evaluated_nor_published(recipe, bad):
     bad.output.mkdir()
     (bad.output / ADAPTER).write_bytes(b"\x10\0\0\0")
-    for verb in ("evaluate", "publish"):
-        done = recipe(verb, f"{NAME}/bad")
+    for command in ("evaluate", "publish"):
+        done = recipe(command, f"{NAME}/bad")
         assert done.returncode == 2
         assert f"bad/output/{ADAPTER}: damaged" in done.stderr
 

@@ -103,11 +103,11 @@ parser = argparse.ArgumentParser()
 for name in ("--lora-model-dir", "--output-dir", "--model-dir", "--outfile", "--outtype", "--quantize"):
     parser.add_argument(name)
 parser.add_argument("--llama-cpp-dir")
-parser.add_argument("verb")
+parser.add_argument("command")
 parser.add_argument("config")
 args = parser.parse_args()
-print(args.verb, os.environ.get("PYTHONPATH"))
-if args.verb == "merge-lora":
+print(args.command, os.environ.get("PYTHONPATH"))
+if args.command == "merge-lora":
     merged = pathlib.Path(args.output_dir, "merged")
     merged.mkdir()
     (merged / "model.safetensors").write_bytes(b"merged")
@@ -185,7 +185,7 @@ def test_publish_exports_a_run_to_gguf_files_and_a_modelfile(trained, llama_cpp,
     assert capsys.readouterr().err.splitlines()[-6:] == [
         *(f"{folder / name}: 0.00 GB; its hash is in SHA256SUMS" for name in names),
         f"to serve f16: llama-server -m {file} --alias llama-2-7b-f16 -np 4 -c 8576",
-        f"to compare it: recipe evaluate {trained.path} --engine http://localhost:8080 --model llama-2-7b-f16",
+        f"to compare it: recipe evaluate {trained.path} --engine http://localhost:8080 --served-model llama-2-7b-f16",
         f"to chat: ollama create llama-2-7b-Q4_K_M -f {modelfile}; ollama run llama-2-7b-Q4_K_M",
     ]
 
@@ -206,7 +206,15 @@ def test_a_name_has_no_characters_with_a_meaning(trained, llama_cpp, capsys):
         commands = [shlex.split(line.partition(": ")[2]) for line in lines if line.startswith("to ")]
         assert commands == [
             ["llama-server", "-m", f"{files}/{stem}-f16.gguf", "--alias", f"{stem}-f16", "-np", "4", "-c", "8576"],
-            ["recipe", "evaluate", str(folder.path), "--engine", "http://localhost:8080", "--model", f"{stem}-f16"],
+            [
+                "recipe",
+                "evaluate",
+                str(folder.path),
+                "--engine",
+                "http://localhost:8080",
+                "--served-model",
+                f"{stem}-f16",
+            ],
             ["ollama", "create", f"{stem}-Q8_0", "-f", f"{files}/Modelfile;", "ollama", "run", f"{stem}-Q8_0"],
         ]
         assert f"`recipe evaluate {shlex.quote(str(folder.path))}`" in "".join(lines)

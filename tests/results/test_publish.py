@@ -381,7 +381,7 @@ REFUSALS = [
     ({}, {"push": "model"}, "--push model: expected OWNER/NAME, of letters, digits, -, _ and ."),
     ({}, {"push": "a/b/c"}, "--push a/b/c: expected OWNER/NAME, of letters, digits, -, _ and ."),
     ({}, {"push": "a/b c"}, "--push a/b c: expected OWNER/NAME, of letters, digits, -, _ and ."),
-    ({"rehearsal": True}, PUSH, "--push: {run} is a rehearsal with a stand-in model; push a real run"),
+    ({"rehearsal": True}, PUSH, "--push: {run} is a rehearsal with a small model; push a real run"),
 ]
 
 

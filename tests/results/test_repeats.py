@@ -180,7 +180,7 @@ def test_one_run_borrows_the_spread_of_published_repeats(runs):
     assert half > 0.5
     assert row["accuracy_high"] - row["accuracy"] == pytest.approx(half)
     methods = [row_of(runs, name)["accuracy_interval_method"] for name in (PLAIN, WIDE)]
-    assert methods == ["rows and a borrowed spread of 0.55 from 3 repeats, 66.9 to 68"] * 2
+    assert methods == ["rows and a run-to-run standard deviation of 0.55 from 3 published repeats, 66.9 to 68"] * 2
     with_seed(runs, 43, RIGHT)
     assert row_of(runs)["accuracy_interval_method"] == "rows and 2 runs"  # a measured spread is better
 

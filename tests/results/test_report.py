@@ -23,7 +23,7 @@ from qlora_recipes.data import studies
 from qlora_recipes.evaluate import evaluation_rows
 from qlora_recipes.results.reports import report, report_figures, report_runs
 from qlora_recipes.run.rundir import RunDir, summarise
-from qlora_recipes.study.sweep import Sweep, SweepMember
+from qlora_recipes.study.sweep import Sweep, Trial
 from qlora_recipes.training.row_types import row_type
 from qlora_recipes.training.run_record import Summary
 
@@ -126,15 +126,15 @@ def html_of(*runs: RunDir) -> str:
 
 
 def a_sweep(folder: Path) -> Sweep:
-    """A sweep of three members, of two seeds each, and a fourth that has not run."""
-    members = []
+    """A sweep of three trials, of two seeds each, and a fourth that has not run."""
+    trials = []
     for name, rank in {"Paper": 32, "High rank": 64, "Low rank": 16, "Odd": 8}.items():
         for seed in (42, 43):
             values, digest = {"lora_r": rank, "lora_alpha": 32}, f"{name} {seed}"
-            members.append(SweepMember(name=name, values=values, seed=seed, digest=digest, planned_gib=7.1))
+            trials.append(Trial(name=name, settings=values, seed=seed, digest=digest, planned_gib=7.1))
             if name != "Odd":
                 a_run(folder, name=digest, digest=digest)
-    sweep = Sweep(name="ranks", recipe=LLAMA_3, rehearsal=True, keys=["lora_r", "lora_alpha"], members=members)
+    sweep = Sweep(name="ranks", recipe=LLAMA_3, rehearsal=True, keys=["lora_r", "lora_alpha"], trials=trials)
     sweep.write(folder / "runs")
     return sweep
 
@@ -202,14 +202,14 @@ def test_many_steps_are_averaged():
 
 
 def test_prompts_are_those_that_were_evaluated(tmp_path):
-    members = report_runs.reported_runs([a_run(tmp_path)])
-    (shown,) = report_runs.reader(members)
+    trials = report_runs.reported_runs([a_run(tmp_path)])
+    (shown,) = report_runs.reader(trials)
     ((name, text),) = shown["prompt"][3]
     assert (name, text.partition(" @@")[0]) == ("input", "@@ -3,4 +3,5")
     assert shown["data"] == "data/test.jsonl"
     test = tmp_path / "data" / "test.jsonl"
     test.write_bytes(test.read_bytes() + b"\n")
-    (shown,) = report_runs.reader(members)
+    (shown,) = report_runs.reader(trials)
     assert shown["prompt"] is None
 
 
@@ -300,17 +300,17 @@ def test_a_report_does_not_mix_rehearsals_and_real_runs(tmp_path):
 
 
 def test_a_sweep_without_a_run_has_no_report(tmp_path):
-    sweep = Sweep(name="ranks", recipe=LLAMA_3, rehearsal=True, keys=["lora_r"], members=[])
+    sweep = Sweep(name="ranks", recipe=LLAMA_3, rehearsal=True, keys=["lora_r"], trials=[])
     with pytest.raises(UserError) as raised:
         report.sweep_page(sweep, tmp_path)
-    assert str(raised.value) == "ranks: no member has a run yet; start them with `recipe sweep`"
+    assert str(raised.value) == "ranks: no trial has a run yet; start them with `recipe sweep`"
 
 
 def test_a_sweep_shows_its_trade_offs(recipe, tmp_path):
     sweep = a_sweep(tmp_path)
     page = report.sweep_page(sweep, tmp_path / "runs")
     (table,) = page.section.tables
-    assert [row["member"] for row in table.rows] == ["Paper", "High rank", "Low rank", "Odd"]
+    assert [row["trial"] for row in table.rows] == ["Paper", "High rank", "Low rank", "Odd"]
     assert page.section.notes[0] == "front: on the Pareto front over peak memory and eval_loss"
     assert [figure.key for figure in page.section.figures] == ["sweep-memory-eval_loss"]
     assert page.runs[-1].label == "Low rank, Low rank 43"

@@ -38,7 +38,7 @@ def scores_read() -> list[float]:
 def status_of(name: str, metric: str = "accuracy") -> score_records.Status:
     study = small_study.read()
     rows = score_records.statuses(study, score_records.records(study))
-    (row,) = [row for row in rows if f"{row.of} {row.cell or ''}".strip() == name and row.metric == metric]
+    (row,) = [row for row in rows if f"{row.name} {row.options or ''}".strip() == name and row.metric == metric]
     return row
 
 
@@ -46,7 +46,7 @@ def test_a_record_is_exported_added_and_shown(recipe):
     a_run("one", 67.0)
     file, content = exported(recipe, "latest")
     assert re.fullmatch(r"plain-rtx-4090-seed-42-[0-9a-f]{12}\.json", str(file))
-    assert content | {"of": PLAIN, "gpu": "RTX 4090", "gpus": 1, "seed": 42, "profiles": []} == content
+    assert content | {"name": PLAIN, "gpu": "RTX 4090", "gpus": 1, "seed": 42, "profiles": []} == content
     assert content["scores"]["accuracy"] == {"value": 67.0, "interval": [66.5, 67.5]}
     assert content["scores"].keys() == {"accuracy", "perplexity", "chrf"}
     assert scores_read() == []
@@ -82,7 +82,7 @@ def test_the_status_of_a_published_number_is_the_furthest_stage_with_a_valid_rec
         file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | {"invalidated": invalidated}))
     assert status_of(PLAIN).here == "68 (67.5 to 68.5)"
     assert status_of(PLAIN).status.split("; ")[1:] == ["a record is invalidated by abcdef1, because wrong"] * 2
-    assert len(score_records.shipped_records(small_study.read())) == 4
+    assert len(score_records.built_in_records(small_study.read())) == 4
 
 
 def test_only_records_of_todays_recipe_count():
@@ -95,7 +95,7 @@ def test_only_records_of_todays_recipe_count():
 
 
 def test_predictions_need_their_number_of_rows_and_a_hash():
-    record = {"made": "2026-11-28", "of": PLAIN, "revision": None, "stage": "predictions", "rows": 4}
+    record = {"made": "2026-11-28", "name": PLAIN, "revision": None, "stage": "predictions", "rows": 4}
     record |= {"scores": {"accuracy": {"value": 67.0}}, "texts_sha256": "a" * 64}
     assert score_records.Record.model_validate(record).where == ""
     for absent in ("rows", "texts_sha256"):
@@ -124,10 +124,10 @@ def test_a_run_that_failed_before_its_launch_is_recorded(recipe):
     assert (content["outcome"], content["made"]) == ("failed", "2026-01-02")
 
 
-def test_a_cell_has_a_status_of_its_own():
-    cells = [{"values": {"lora_r": r}, "scores": {"accuracy": [60 + r]}} for r in (4, 8)]
+def test_a_grid_point_has_a_status_of_its_own():
+    points = [{"settings": {"lora_r": r}, "scores": {"accuracy": [60 + r]}} for r in (4, 8)]
     published = yamlfiles.read_yaml(Path("recipes", "sums2030", "study.yaml"))["published"]
-    published[PLAIN]["cells"] = cells
+    published[PLAIN]["grid"] = points
     small_study.write(Path(), published=published)
     recorded(a_run("one", 64.5, set={"lora_r": 4}))
     assert status_of(f"{PLAIN} --set lora_r=4").status.startswith("retrained")
@@ -159,8 +159,8 @@ def test_a_record_names_no_folder_host_or_user(recipe, tmp_path):
 MISTAKES = [
     ({"gpu": "gpu7.example.com"}, "gpu: Value error, unknown"),
     ({"host": "box"}, "host: Extra inputs are not permitted"),
-    ({"of": "sums2030/plane"}, "of: sums2030/plane does not belong to the study sums2030"),
-    ({"values": {"lora_r": 8}}, f"values: {{'lora_r': 8.0}} is not a published cell of {PLAIN}"),
+    ({"name": "sums2030/plane"}, "name: sums2030/plane does not belong to the study sums2030"),
+    ({"settings": {"lora_r": 8}}, f"settings: {{'lora_r': 8.0}} is not a published grid point of {PLAIN}"),
     ({"outcome": "failed"}, "Value error, outcome: a run with scores is finished"),
     ({"gpu": None}, "Value error, missing: gpu"),
     ({"settings_sha256": None}, "Value error, missing: settings_sha256"),
@@ -190,7 +190,7 @@ def test_a_record_with_a_mistake_is_reported_and_left_out(recipe, change, proble
     assert recipe.ok("results", "sums2030", "--json").stderr == f"{file}: {problem}\n"
     assert scores_read() == [67.0]
     with pytest.raises(UserError) as raised:
-        score_records.shipped_records(small_study.read())
+        score_records.built_in_records(small_study.read())
     assert str(raised.value) == f"{file}: {problem}"
 
 
@@ -281,7 +281,7 @@ def test_export_takes_no_other_name(recipe):
     assert done.stderr == "recipe: sums2030 and --export: give only one of them\n"
 
 
-def test_every_shipped_record_is_valid():
+def test_every_built_in_record_is_valid():
     for file in paths.RECIPES.glob("*/study.yaml"):
         study = studies.load(file.parent)
-        assert all(isinstance(record, Record) for record in score_records.shipped_records(study))
+        assert all(isinstance(record, Record) for record in score_records.built_in_records(study))

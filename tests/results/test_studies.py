@@ -129,7 +129,7 @@ ONE_SEED = (
     "with three seeds."
 )
 OPEN = (
-    "The paper leaves these settings open: decoding: {max_new_tokens: 64, do_sample: true, temperature: 0.1, "
+    "Unreported hyperparameters: decoding: {max_new_tokens: 64, do_sample: true, temperature: 0.1, "
     "top_p: 0.95, top_k: 40} (the paper does not state it)"
 )
 
@@ -267,7 +267,7 @@ def test_metrics_of_one_kind_never_share_a_heading(runs):
 def test_study_yaml_says_what_the_authors_report(runs):
     small_study.ran(runs, PLAIN, "a", 66.0, set={"lora_r": 64})
     small_study.write(Path(), reported=["lora_r"], unreported=["lora_r"])
-    assert fields(row_of(runs), "differs", "open") == [["lora_r: 64 instead of 32"], []]
+    assert fields(row_of(runs), "differs", "unreported") == [["lora_r: 64 instead of 32"], []]
     published = {PLAIN: {"scores": {"accuracy": 67.4, "perplexity": 3.0}, "unreported": ["lora_r"]}}
     small_study.write(Path(), reported=["lora_r"], unreported=["lora_r"], published=published)
-    assert fields(row_of(runs), "differs", "open") == [[], ["lora_r: 64 (--set lora_r=64)"]]
+    assert fields(row_of(runs), "differs", "unreported") == [[], ["lora_r: 64 (--set lora_r=64)"]]

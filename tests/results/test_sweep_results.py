@@ -1,4 +1,4 @@
-"""Members of sweeps, and comparisons of their runs, without training."""
+"""Trials of sweeps, and comparisons of their runs, without training."""
 
 import itertools
 import re
@@ -22,20 +22,20 @@ from qlora_recipes.evaluate import intervals
 from qlora_recipes.results import sweep_results
 from qlora_recipes.results.reports import report_figures
 from qlora_recipes.run import rundir
-from qlora_recipes.study.sweep import Grid, Sweep, SweepMember, find_sweep_file
+from qlora_recipes.study.sweep import Grid, Sweep, Trial, find_sweep_file
 from qlora_recipes.training.run_record import Summary
 
 BASE = "haider2024/code-llama-7b"
-SHIPPED = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
+BUILT_IN = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", [next(iter(one.published)) for one in studies.load_all()])
-@pytest.mark.parametrize("sweep", SHIPPED)
-def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(sweep, name, place, prepared):
+@pytest.mark.parametrize("sweep", BUILT_IN)
+def test_trials_of_built_in_sweeps_are_clean_over_a_recipe_of_each_study(sweep, name, place, prepared):
     (place / "data").symlink_to(prepared)
     configs = []
-    for member in Grid.from_file(find_sweep_file(sweep)).members():
-        composed = compose.compose(Request(name, overrides=member.overrides))
+    for trial in Grid.from_file(find_sweep_file(sweep)).trials():
+        composed = compose.compose(Request(name, overrides=trial.overrides))
         findings = check.check_config(composed).findings
         wrong = [finding for finding in findings if finding.level == "error" and finding.rule != "not-prepared"]
         assert list(map(str, wrong)) == []  # only the first study's data is here
@@ -46,13 +46,13 @@ def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(sweep, 
 def test_a_table_has_columns_for_the_keys_that_not_all_names_show(tmp_path):
     (tmp_path / "s.yaml").write_text("_: [{lora_r: 64, lora_alpha: 128}, {lora_alpha: 16}]")
     grid = Grid.from_file(tmp_path / "s.yaml")
-    sweep = Sweep(name=grid.name, recipe=BASE, rehearsal=False, keys=grid.keys(), members=grid.members())
+    sweep = Sweep(name=grid.name, recipe=BASE, rehearsal=False, keys=grid.keys(), trials=grid.trials())
     table = sweep_results.table_of(sweep, sweep_results.rows(sweep, tmp_path))
     assert [row["lora_r"] for row in table.rows] == ["64", None]
     assert "lora_alpha" not in table.rows[0]
 
 
-def test_nothing_is_started_where_a_member_is_wrong(tmp_path, recipe):
+def test_nothing_is_started_where_a_trial_is_wrong(tmp_path, recipe):
     done = recipe.fails("sweep", BASE, "--set", "lora_r=8,16", "--set", "lora_alpha=4,x", "--rehearse")
     assert done.stderr.count("[value:lora_alpha]") == 1
     assert "lora_r=8, lora_alpha=x; lora_r=16, lora_alpha=x: --set lora_alpha=x: " in done.stderr
@@ -70,7 +70,7 @@ def test_nothing_is_started_where_a_member_is_wrong(tmp_path, recipe):
 
 
 def test_what_does_not_fit_is_told_before_anything_starts(tmp_path, recipe, tiny_profile):
-    (tmp_path / "llama-7b.yaml").write_text(paths.recipe_file(BASE).read_text())  # a part of a shipped recipe's name
+    (tmp_path / "llama-7b.yaml").write_text(paths.recipe_file(BASE).read_text())  # a part of a built-in recipe's name
     profile = ("--profile", tiny_profile, "--set", "warmup_steps=0", "--seeds", "2", "--gpu", "L4")
     words = ("sweep", "llama-7b.yaml", "--set", "micro_batch_size=1,4096", *profile)
     fits, _, not_fits, _ = recipe.json(*words, "--dry-run", code=1)["steps"]
@@ -84,15 +84,13 @@ def test_what_does_not_fit_is_told_before_anything_starts(tmp_path, recipe, tiny
 def a_sweep(
     runs: Path, finished: dict[str, list[tuple[float, float, float]]], seeds: bool = False, of: str = BASE
 ) -> Sweep:
-    """A sweep over lora_r, of which a recipe's own value is the third; for each member the BLEU-4, eval loss and memory
+    """A sweep over lora_r, of which a recipe's own value is the third; for each trial the BLEU-4, eval loss and memory
     of each of its seeds' runs."""
-    members = []
+    trials = []
     for i, (name, of_seeds) in enumerate(finished.items()):
         for seed, (bleu4, loss, memory) in enumerate(of_seeds):
             digest = f"{name}-{seed}"
-            members.append(
-                SweepMember(name=name, values={"lora_r": 8 << i}, seed=seed if seeds else None, digest=digest)
-            )
+            trials.append(Trial(name=name, settings={"lora_r": 8 << i}, seed=seed if seeds else None, digest=digest))
             summary = Summary(
                 eval_loss_per_token=loss,
                 peak_memory=memory,
@@ -106,13 +104,13 @@ def a_sweep(
             run = folder.read()
             run.overrides = [Override("lora_r", 8 << i)]
             folder.write(run)
-    return Sweep(name="ranks", recipe=of, rehearsal=False, keys=["lora_r"], members=members)
+    return Sweep(name="ranks", recipe=of, rehearsal=False, keys=["lora_r"], trials=trials)
 
 
-def test_members_compare_by_what_their_runs_measured(tmp_path):
+def test_trials_compare_by_what_their_runs_measured(tmp_path):
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "bad": [(9.0, 1.3, 7.5)]})
-    sweep.members.append(SweepMember(name="not yet", values={"lora_r": 1}, digest="none"))
-    rows = {row.member.name: row for row in sweep_results.rows(sweep, tmp_path)}
+    sweep.trials.append(Trial(name="not yet", settings={"lora_r": 1}, digest="none"))
+    rows = {row.trial.name: row for row in sweep_results.rows(sweep, tmp_path)}
     assert [name for name, row in rows.items() if row.pareto] == ["low", "high"]
     high = sweep_results.record(rows["high"])
     assert fields(high, "bleu4", "bleu4_low", "bleu4_high") == [5.5, 5.4, 5.6]
@@ -128,7 +126,7 @@ def score_tokens(runs: Path, letters: dict[str, str]) -> None:
         folder.write(run)
 
 
-def test_members_with_unknown_tokens_are_not_compared(tmp_path):
+def test_trials_with_unknown_tokens_are_not_compared(tmp_path):
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
     for folder in rundir.all_runs(tmp_path):
         run = folder.read()
@@ -140,14 +138,14 @@ def test_members_with_unknown_tokens_are_not_compared(tmp_path):
 
 
 def without_best(labels: str) -> str:
-    """Note on sweeps without a best member."""
+    """Note on sweeps without a best trial."""
     return (
         "no eval loss on validation rows separate from the test rows, or eval losses over different or unknown tokens: "
         f"{labels}; add `--set val_set_size=0.05`, or test_datasets with other rows"
     )
 
 
-def test_members_with_other_tokens_have_neither_front_nor_best(tmp_path, recipe):
+def test_trials_with_other_tokens_have_neither_front_nor_best(tmp_path, recipe):
     runs = tmp_path / "runs"
     sweep = a_sweep(runs, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "other": [(9.0, 0.1, 7.5)]})
     sweep.write(runs)
@@ -163,8 +161,8 @@ def test_members_with_other_tokens_have_neither_front_nor_best(tmp_path, recipe)
 
 
 FRONT = "front: on the Pareto front over peak memory and eval_loss"
-OTHER_TOKENS = "Members with other or unknown tokens are not comparable, so there is neither a front nor a best member."
-BY_SEED = "Held-out rows differ by seed; members are compared seed by seed."
+OTHER_TOKENS = "Trials with other or unknown tokens are not comparable, so there is neither a front nor a best trial."
+BY_SEED = "Held-out rows differ by seed; trials are compared seed by seed."
 PLANNED = "Planned memory is that of the recipe on a GPU, also in a rehearsal, whose measured memory is the CPU's."
 
 
@@ -180,15 +178,15 @@ PLANNED = "Planned memory is that of the recipe on a GPU, also in a rehearsal, w
 def test_notes_on_a_sweep(tmp_path, tokens, planned, notes):
     of_seeds = [(5.0, 1.0, 7.0), (5.0, 3.0, 7.0)]
     sweep = a_sweep(tmp_path, {"low": of_seeds, "high": of_seeds}, seeds=True)
-    sweep.members[0].planned_gib = planned
+    sweep.trials[0].planned_gib = planned
     score_tokens(tmp_path, dict(zip(["low-0", "low-1", "high-0", "high-1"], tokens, strict=True)))
     shown = sweep_results.notes(sweep_results.rows(sweep, tmp_path))
     assert [*shown] == notes
 
 
-def test_members_are_compared_seed_by_seed_if_the_seed_holds_out_the_rows(tmp_path):
+def test_trials_are_compared_seed_by_seed_if_the_seed_holds_out_the_rows(tmp_path):
     finished = {"low": [(5.0, 1.0, 7.0), (5.0, 3.0, 7.0)], "high": [(5.0, 0.9, 8.0)], "worse": [(5.0, 1.1, 8.5)]}
-    sweep = a_sweep(tmp_path, finished, seeds=True)  # only one member has its second run
+    sweep = a_sweep(tmp_path, finished, seeds=True)  # only one trial has its second run
     score_tokens(tmp_path, {"low-0": "a", "low-1": "b", "high-0": "a", "worse-0": "a"})
     rows = sweep_results.rows(sweep, tmp_path)
     assert [row.scores["eval_loss"].value for row in rows] == [2.0, 0.9, 1.1]  # a mean over the repeats
@@ -197,15 +195,15 @@ def test_members_are_compared_seed_by_seed_if_the_seed_holds_out_the_rows(tmp_pa
 
 
 def published_beside(runs: Path, name: str, grid: Grid, profiles: list[str]) -> list[float | None]:
-    """Published losses beside the members of a sweep, which all have a run."""
-    members = grid.members()
-    for i, member in enumerate(members):
-        member.digest = f"{len(list(runs.rglob('run.json')))}"
-        folder = a_run(runs, name, f"2026-{member.digest}-{i}", 5.0, digest=member.digest)
+    """Published losses beside the trials of a sweep, which all have a run."""
+    trials = grid.trials()
+    for i, trial in enumerate(trials):
+        trial.digest = f"{len(list(runs.rglob('run.json')))}"
+        folder = a_run(runs, name, f"2026-{trial.digest}-{i}", 5.0, digest=trial.digest)
         run = folder.read()
-        run.differences = compose.compose(Request(name, profiles, member.overrides)).differences
+        run.differences = compose.compose(Request(name, profiles, trial.overrides)).differences
         folder.write(run)
-    sweep = Sweep(name=grid.name, recipe=name, rehearsal=False, keys=grid.keys(), members=members)
+    sweep = Sweep(name=grid.name, recipe=name, rehearsal=False, keys=grid.keys(), trials=trials)
     return [row.published.get("nll") for row in sweep_results.rows(sweep, runs)]
 
 
@@ -227,7 +225,7 @@ def test_published_scores_stand_only_beside_their_settings(tmp_path, sets, profi
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b-lora", "llama-3.1-8b-qlora"])
-def test_members_stand_beside_the_published_scores_of_their_settings(tmp_path, name):
+def test_trials_stand_beside_the_published_scores_of_their_settings(tmp_path, name):
     grid = Grid.from_file(find_sweep_file("rate-and-rank"))
     study = studies.find("tinker-tulu3")
     published = published_beside(tmp_path, f"tinker-tulu3/{name}", grid, [])
@@ -235,7 +233,7 @@ def test_members_stand_beside_the_published_scores_of_their_settings(tmp_path, n
     assert (len(published), min(published)) == (16, float(lowest.value))
 
 
-def test_a_studys_recipes_compare_by_their_best_members(tmp_path, recipe):
+def test_a_studys_recipes_compare_by_their_best_trials(tmp_path, recipe):
     """Best by eval loss, whatever their scores."""
     runs = tmp_path / "runs"
     a_sweep(runs, {"a": [(9.0, 1.3, 7.0)], "b": [(5.0, 1.1, 7.0)], "c": [(5.5, 1.2, 8.0)]}).write(runs)
@@ -249,10 +247,10 @@ def test_a_studys_recipes_compare_by_their_best_members(tmp_path, recipe):
     rows = {row["recipe"]: row for row in recipe.json("results", "haider2024")}
     assert [rows[name]["bleu4"] for name in (BASE, plain)] == [5.5, 4.9]  # of the runs with the recipe's own values
     tuned = {name: rows[name]["tuned"][0] for name in (BASE, plain, unvalidated, unfinished)}
-    assert fields(tuned[BASE]["best"], "member", "bleu4", "eval_loss") == ["b", 5.0, 1.1]
-    assert [tuned[name]["best"]["member"] for name in (plain, unfinished)] == ["a", "b"]
+    assert fields(tuned[BASE]["best"], "trial", "bleu4", "eval_loss") == ["b", 5.0, 1.1]
+    assert [tuned[name]["best"]["trial"] for name in (plain, unfinished)] == ["a", "b"]
     assert tuned[unvalidated]["best"] is None
-    assert fields(tuned[unfinished], "finished", "members") == [1, 2]
+    assert fields(tuned[unfinished], "finished", "trials") == [1, 2]
     table = recipe("results", "haider2024").stdout
     shown = re.findall(r"^(haider\S+) +(\d of \d) +([ab]) +finished\S* +(\S+)", table, re.MULTILINE)
     assert shown == [(plain, "2 of 2", "a", "1.00"), (BASE, "3 of 3", "b", "1.10"), (unfinished, "1 of 2", "b", "1.40")]
@@ -273,16 +271,16 @@ def test_a_study_is_swept_and_again_nothing_is_done(recipe, tmp_path, tiny_profi
     folders = rundir.all_runs(tmp_path / "runs")
     assert sorted(folder.read().recipe for folder in folders) == sorted([*published, *published])
     assert {step["run"] for step in swept["steps"] + dry["steps"]} == {"skipped"}
-    for tuned, members in zip(swept["tuned"], batched(swept["results"], 2), strict=True):
-        assert tuned["best"] == min(members, key=lambda row: row["eval_loss"])
+    for tuned, trials in zip(swept["tuned"], batched(swept["results"], 2), strict=True):
+        assert tuned["best"] == min(trials, key=lambda row: row["eval_loss"])
         assert tuned["finished"] == 2
     shown = recipe.json("results", "sums2030", "--rehearse")
     assert [row["tuned"] for row in shown] == [[tuned] for tuned in swept["tuned"]]
-    single = recipe.json("sweep", "sums2030/plain", *words[2:])  # whose members are those of the study
+    single = recipe.json("sweep", "sums2030/plain", *words[2:])  # whose trials are those of the study
     assert [row["runs"] for row in single["results"]] == [row["runs"] for row in swept["results"][:2]]
 
 
-def test_test_rows_choose_no_member(tmp_path):
+def test_test_rows_choose_no_trial(tmp_path):
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
     test = tmp_path / "test.jsonl"
     test.write_text("{}\n")
@@ -317,10 +315,10 @@ def test_results_of_a_sweep_in_every_form(tmp_path, recipe):
     sweep = a_sweep(runs, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
     sweep.write(runs)
     assert re.findall(r"(?m)^(low|high) .* \*", recipe("results", "ranks").stdout) == ["low", "high"]
-    assert [row["values"] for row in recipe.json("results", "ranks")] == [{"lora_r": 8}, {"lora_r": 16}]
+    assert [row["settings"] for row in recipe.json("results", "ranks")] == [{"lora_r": 8}, {"lora_r": 16}]
     sweep.model_copy(update={"rehearsal": True}).write(runs)
     assert recipe.ok("results", f"ranks/{BASE}/rehearsal").stdout.splitlines()[0] == (
-        f"ranks: {BASE}. Rehearsals (small stand-in model, few rows; not comparable with any published score)"
+        f"ranks: {BASE}. Rehearsals (small model, few rows; not comparable with any published score)"
     )
 
 

@@ -110,7 +110,7 @@ def test_rehearsals_and_runs_are_apart(tmp_path):
     assert row_of(tmp_path)["run"] is None
     row = row_of(tmp_path, rehearsal=True)
     assert fields(row, "bleu4", "bleu4_published", "bleu4_verdict") == [1.5, None, None]
-    assert fields(row, "peak_gpu_memory_gib", "gpu_hours", "differs", "open") == [None, None, [], []]
+    assert fields(row, "peak_gpu_memory_gib", "gpu_hours", "differs", "unreported") == [None, None, [], []]
 
 
 def test_the_representative_run_is_evaluated_without_overrides_and_new(tmp_path):
@@ -158,7 +158,7 @@ def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path):
     a_run(tmp_path, "haider2024/llama-3-8b", "a", 5.2, set={"lora_r": 64, "warmup_steps": 5})
     row = row_of(tmp_path, "haider2024/llama-3-8b")
     assert row["differs"] == ["lora_r: 64 instead of 32"]
-    sources = dict(text.split(": ", 1) for text in row["open"])
+    sources = dict(text.split(": ", 1) for text in row["unreported"])
     assert sources["warmup_steps"] == "5 (--set warmup_steps=5)"
     assert sources["lora_target_modules"].partition(";")[0] == "[q_proj, k_proj, v_proj, o_proj] (third-party notebook"
     assert sources.keys() & {"lora_r", "num_epochs", "optimizer"} == set()
@@ -170,20 +170,20 @@ def test_recipes_beside_the_studys(tmp_path):
     a_run(tmp_path, "haider2024/as-released/llama-3-8b", "b", 5.2)
     likely_origin = row_of(tmp_path, "haider2024/all-linear/llama-2-7b")
     assert fields(likely_origin, "bleu4_published", "bleu4_verdict", "differs") == [5.02, verdict.WITHIN, []]
-    assert "lora_target_linear: true (Axolotl's example)" in likely_origin["open"]
+    assert "lora_target_linear: true (Axolotl's example)" in likely_origin["unreported"]
     as_released = row_of(tmp_path, "haider2024/as-released/llama-3-8b")
     assert fields(as_released, "bleu4_published", "bleu4_verdict") == [None, None]  # no reproduction of Table II
     assert "lora_dropout: 0 instead of 0.05" in as_released["differs"]
 
 
 def test_every_recipe_belongs_to_a_study():
-    declared = [name for study in studies.load_all() for name in (*study.published, *study.variants)]
+    declared = [name for study in studies.load_all() for name in (*study.published, *study.ablations)]
     assert sorted(declared) == sorted(name for name in paths.recipe_names() if not name.startswith("start/"))
 
 
-@pytest.mark.parametrize("name", STUDY.variants)
+@pytest.mark.parametrize("name", STUDY.ablations)
 def test_the_header_of_a_variant_lists_what_differs(name):
-    differing = merging.differences(recipe_config(STUDY.variants[name].of), recipe_config(name))
+    differing = merging.differences(recipe_config(STUDY.ablations[name].parent), recipe_config(name))
     header = (paths.RECIPES / f"{name}.yaml").read_text().partition("# Each setting")[0]
     if "# Note      not one of the paper's runs" in header:  # `port = none`
         return

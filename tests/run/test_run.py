@@ -178,7 +178,7 @@ KILLS = ("SIGKILL to training", "SIGKILL to both", "SIGKILL to both", "SIGTERM t
 
 
 def moment(chance: random.Random, run: RunDir, launches: int, written: int) -> Callable[[], bool]:
-    """A moment of a launch: when it begins, or has got somewhere; of the third when it has a whole checkpoint, so that
+    """A moment of a launch: when it begins, or has got somewhere; of the third when it has a valid checkpoint, so that
     the later ones go on from one."""
 
     def launched() -> bool:
@@ -307,7 +307,7 @@ def test_a_failing_axolotl_fails_the_run(with_fake_axolotl, tiny_profile, tmp_pa
     assert end.endswith(f": Axolotl failed; the full log is {run.log.relative_to(tmp_path)}")
     shown = with_fake_axolotl("results", "latest")
     assert f"{raised} {error} {end}" in shown.stdout
-    assert shown.stderr.endswith(f"next: recipe check {run.config_file.relative_to(tmp_path)} --data\n")
+    assert shown.stderr.endswith(f"next: recipe check {run.config_file.relative_to(tmp_path)} --all-rows\n")
     (row,) = with_fake_axolotl.json("results")
     assert row["trouble"] == "\n".join([raised, error, end])
 

@@ -81,7 +81,7 @@ def test_a_nan_loss_is_shown_and_becomes_null(tmp_path, capsys):
     assert summary.eval_loss_per_token is None
 
 
-def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path, capsys):
+def test_the_last_checkpoint_is_the_newest_valid_one(tmp_path, capsys):
     run = a_run(tmp_path / "r")
     assert run.last_checkpoint() is None
     for step in (9, 10, 11):
@@ -150,7 +150,7 @@ def test_a_kill_while_a_run_is_created_leaves_nothing_once_the_next_is_created(t
 def test_a_run_that_was_resumed_from_before_its_newest_records_is_at_its_own_step(tmp_path):
     run = a_run(tmp_path / "r", state="interrupted")
     before = [b'{"step":%d,"loss":%d.0,"step_seconds":1.0}' % (step, 9 - step) for step in range(1, 6)]
-    again = [b'{"step":3,"engine":"DDP"}', b'{"step":4,"loss":1.0,"step_seconds":1.0}']  # from checkpoint-3
+    again = [b'{"step":3,"parallelism":"DDP"}', b'{"step":4,"loss":1.0,"step_seconds":1.0}']  # from checkpoint-3
     write_metrics(run, *before, *again)
     summary = run.summary(run.read())
     assert summary.step == 4

@@ -18,7 +18,7 @@ from conftest import RECIPE, config_with, finish, start
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.run import backends, rundir
-from qlora_recipes.run.backends import Command, TaskResult, slurm_site
+from qlora_recipes.run.backends import Command, TaskResult, slurm_cluster
 from qlora_recipes.run.backends import slurm as slurm_module
 from qlora_recipes.run.rundir import RunDir
 
@@ -52,8 +52,8 @@ def wait_for(run: RunDir, holds: Callable[[rundir.Run], bool], seconds: float = 
 
 
 @pytest.mark.long
-def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(tmp_path, tiny_profile, fake_axolotl, slurm):
-    """An earlier command trains one member, one is requeued, and all are held until there is no more to submit.
+def test_a_sweep_is_an_array_whose_trials_are_evaluated_as_they_end(tmp_path, tiny_profile, fake_axolotl, slurm):
+    """An earlier command trains one trial, one is requeued, and all are held until there is no more to submit.
 
     A fake Axolotl trains, and waits within its fourth step for the requeue.
     """
@@ -178,7 +178,7 @@ def raise_(error: type[OSError], *_: object, **options: object) -> None:
 @pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
 def test_without_slurm_nothing_is_queued(recipe, tmp_path, monkeypatch, error):
     """A program is missing; and one of PATH's folders cannot be read, too."""
-    monkeypatch.setattr(slurm_site.subprocess, "run", partial(raise_, error))
+    monkeypatch.setattr(slurm_cluster.subprocess, "run", partial(raise_, error))
     done = recipe("run", NAME, "--rehearse", "--on", "slurm")
     assert done.returncode == 2
     assert done.stdout == ""
@@ -206,7 +206,7 @@ def test_a_dry_run_prints_the_scripts_without_slurm(recipe, tmp_path, monkeypatc
     (row,) = recipe.json("reproduce", "haider2024", "--only", "llama-3.2-3b", "--on", "slurm", "--dry-run")["recipes"]
     assert row["training"] == "new"
     steps = recipe.json("sweep", NAME, "--set", "lora_r=4,8", "--rehearse", "--on", "slurm", "--dry-run")["steps"]
-    assert [step["member"] for step in steps] == ["lora_r=4", "lora_r=8"]
+    assert [step["trial"] for step in steps] == ["lora_r=4", "lora_r=8"]
     assert not (tmp_path / "runs").exists()
 
 
@@ -216,15 +216,15 @@ def test_settings_are_read_as_text(no_settings):
         "partition: gpu\ntime: 12:00:00\ngpus-per-node: a100:{gpus}\nexclusive:\ngpu: A100\n"
         "prefix: apptainer exec --nv image.sif\nsetup:\n- module load cuda\nevaluate: {time: 1:00:00}\n"
     )
-    site = slurm_site.site_settings(["partition=debug", "evaluate.qos=short"])
-    assert site == slurm_site.Site(
+    cluster = slurm_cluster.cluster_settings(["partition=debug", "evaluate.qos=short"])
+    assert cluster == slurm_cluster.Cluster(
         gpu="A100",
         prefix="apptainer exec --nv image.sif",
         setup=["module load cuda"],
         options={"partition": "debug", "time": "12:00:00", "gpus-per-node": "a100:{gpus}", "exclusive": ""},
         of_step={"evaluate": {"time": "1:00:00", "qos": "short"}},
     )
-    script = batch(site, gpus=4).script("run", [], 2)
+    script = batch(cluster, gpus=4).script("run", [], 2)
     for line in ("#SBATCH --gpus-per-node=a100:4", "#SBATCH --exclusive", "module load cuda"):
         assert line in script.splitlines()
     assert "--gres" not in script
@@ -240,8 +240,8 @@ def test_settings_are_read_as_text(no_settings):
     ],
 )
 def test_gpus_are_requested_for_the_steps_that_use_them(step, options):
-    requests = batch(slurm_site.site_settings(["gres=nvme:1", "mem-per-gpu=40G"]), gpus=4)
-    assert slurm_module._site_options(requests.site.options, requests._gpus(step)) == options
+    requests = batch(slurm_cluster.cluster_settings(["gres=nvme:1", "mem-per-gpu=40G"]), gpus=4)
+    assert slurm_module._cluster_options(requests.cluster.options, requests._gpus(step)) == options
 
 
 @pytest.mark.parametrize(
@@ -256,16 +256,16 @@ def test_malformed_settings_are_refused(no_settings, text, problem):
     no_settings.parent.mkdir(parents=True)
     no_settings.write_text(text)
     with pytest.raises(UserError) as refused:
-        slurm_site.site_settings([])
+        slurm_cluster.cluster_settings([])
     assert str(refused.value) == f"{no_settings}{problem}"
 
 
-def batch(site: slurm_site.Site, gpus: int = 1, nodes: int = 1) -> slurm_module.Batch:
-    return slurm_module.Batch(site, None, "title", gpus, nodes)
+def batch(cluster: slurm_cluster.Cluster, gpus: int = 1, nodes: int = 1) -> slurm_module.Batch:
+    return slurm_module.Batch(cluster, None, "title", gpus, nodes)
 
 
 def test_submissions_of_one_title_in_one_second_have_folders_of_their_own(no_settings):
-    folders = {batch(slurm_site.site_settings([])).folder for _ in range(3)}
+    folders = {batch(slurm_cluster.cluster_settings([])).folder for _ in range(3)}
     assert len(folders) == 3
 
 
@@ -293,10 +293,10 @@ NO_JOBS = ["", "echo 12 jobs", "exec sleep 60", "printf '12\\n13\\n'"]
 def test_the_id_of_a_job_is_the_only_line_of_this_form(place, monkeypatch, commands):
     program(place / "sbatch", f"#!/bin/sh\n{commands}\n")
     monkeypatch.setenv("PATH", f"{place}:/usr/bin:/bin")
-    monkeypatch.setattr(slurm_site, "TIMEOUT", 60 if commands in JOBS else 0.2)
+    monkeypatch.setattr(slurm_cluster, "TIMEOUT", 60 if commands in JOBS else 0.2)
     (place / "a").mkdir()
     with nullcontext() if commands in JOBS else pytest.raises(WorkFailed):
-        assert batch(slurm_site.Site()).submit("run", [command(Path("a"))]) == "12"
+        assert batch(slurm_cluster.Cluster()).submit("run", [command(Path("a"))]) == "12"
     assert [job.id for job in RunDir(place / "a").jobs()] == (["12_0"] if commands in JOBS else [])
 
 
@@ -323,7 +323,7 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(place, 
     (place / "a").mkdir()
     program(place / "stub", STUB.replace("{progress}", progress))
     program(place / "scontrol", '#!/bin/bash\necho "$@" >> asked')
-    settings = slurm_site.Site(prefix=f"{place}/stub")
+    settings = slurm_cluster.Cluster(prefix=f"{place}/stub")
     script = batch(settings).script("run", [command(Path("a"), "resume", "a b")], 1)
     env = {"PATH": f"{place}:/usr/bin:/bin", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
     process = subprocess.Popen(["bash", "-c", script], cwd=place, env=env)
@@ -344,9 +344,9 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(place, 
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("prefix", [None, 'apptainer exec --nv --bind "$PWD" image.sif'])
 def test_scripts_are_sound(tmp_path, nodes, prefix):
-    settings = slurm_site.Site(prefix=prefix, setup=["module load cuda"], options={"comment": "it's a test"})
+    settings = slurm_cluster.Cluster(prefix=prefix, setup=["module load cuda"], options={"comment": "it's a test"})
     tasks = [command(Path(folder), "resume", folder) for folder in ("runs/a b", "runs/c")]
-    for step in slurm_site.STEPS:
+    for step in slurm_cluster.STEPS:
         script = batch(settings, nodes=nodes).script(step, tasks, 2)
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
         done = subprocess.run([TOOLS / "shellcheck", "-"], input=script, text=True, capture_output=True)
@@ -383,7 +383,7 @@ def test_no_value_is_shell_code_in_the_script(place):
     evil = "'; touch marker; $(touch marker) `touch marker`\ntouch marker\n"
     (place / "a").mkdir()
     program(place / "stub", "#!/bin/bash\nprintf '%s\\n' \"$@\"\n")
-    jobs = batch(slurm_site.Site(prefix=f"{place}/stub", options={"comment": evil.replace("\n", " ")}))
+    jobs = batch(slurm_cluster.Cluster(prefix=f"{place}/stub", options={"comment": evil.replace("\n", " ")}))
     script = jobs.script("run", [command(place / "a", "resume", evil), command(place / evil, "resume", "b")], 2)
     env = {"PATH": "/usr/bin:/bin", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
     done = subprocess.run(["bash", "-c", script], cwd=place, env=env)
@@ -395,16 +395,18 @@ def test_no_value_is_shell_code_in_the_script(place):
 @pytest.mark.parametrize("option", ["a b", "x\ntouch", "--x", "X"])
 def test_an_option_that_is_no_long_option_of_sbatch_is_refused(option):
     with pytest.raises(UserError) as refused:
-        slurm_site.site_settings([f"{option}=1"])
+        slurm_cluster.cluster_settings([f"{option}=1"])
     problem = f"options {option} [key]: Value error, {option!r} is not a long option of sbatch"
     assert str(refused.value) == f"--on slurm,{option}=1: {problem}"
 
 
 @pytest.mark.parametrize("setting", ["setup=export HF_TOKEN=planted-word", "export=WANDB_API_KEY=planted-word"])
-def test_a_secret_in_the_settings_of_a_site_is_refused(setting):
+def test_a_secret_in_the_settings_of_a_cluster_is_refused(setting):
     with pytest.raises(UserError) as refused:
-        slurm_site.site_settings([setting])
+        slurm_cluster.cluster_settings([setting])
     key = setting.partition("=")[0]
     problem = "a secret, which would be stored in the job's script; export it instead"
     assert str(refused.value) == f"--on slurm,{setting}: {key}: {problem}"
-    assert slurm_site.site_settings(["setup=export HF_TOKEN=$(cat token)"]).setup == "export HF_TOKEN=$(cat token)"
+    assert (
+        slurm_cluster.cluster_settings(["setup=export HF_TOKEN=$(cat token)"]).setup == "export HF_TOKEN=$(cat token)"
+    )

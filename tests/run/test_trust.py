@@ -24,9 +24,9 @@ def theirs(runs: Path, **record: Any) -> RunDir:
     return a_run(runs, NAME, "20260101-000000-abcdef0", 5.0, **record)
 
 
-def seal(folder: RunDir) -> None:
+def sign(folder: RunDir) -> None:
     record = folder.read()
-    record.seal = trust.seal(folder, record)
+    record.hmac = trust.hmac_of(folder, record)
     folder.write(record)
 
 
@@ -39,10 +39,10 @@ def refused(folder: RunDir, *force: str) -> set[str]:
 
 
 def test_consent_to_code_counts_in_a_run_of_ones_own_alone(tmp_path):
-    folder = theirs(tmp_path, seal="0" * 64)
+    folder = theirs(tmp_path, hmac="0" * 64)
     assert refused(folder) == {PLUGIN}
     assert refused(folder, PLUGIN) == set()
-    seal(folder)
+    sign(folder)
     assert refused(folder) == set()
     configure(folder, trust_remote_code=True)
     assert refused(folder) == {PLUGIN, "foreign-code:trust_remote_code"}
@@ -81,12 +81,12 @@ def strangers(tmp_path: Path, tiny: Path) -> tuple[RunDir, Path]:
     return folder, mark
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "publish --merge", "publish", "report", "results", "resume", "show"])
-def test_no_verb_unpickles_a_strangers_rows(strangers, recipe, verb):
+@pytest.mark.parametrize("command", ["evaluate", "publish --merge", "publish", "report", "results", "resume", "show"])
+def test_no_verb_unpickles_a_strangers_rows(strangers, recipe, command):
     folder, mark = strangers
-    words = ["resume", "--force", "foreign-code:plugins.0"] if verb == "resume" else verb.split()
-    done = recipe(words[0], str(folder.config_file if verb == "show" else folder.path), *words[1:])
-    if verb in ("evaluate", "publish --merge"):
+    words = ["resume", "--force", "foreign-code:plugins.0"] if command == "resume" else command.split()
+    done = recipe(words[0], str(folder.config_file if command == "show" else folder.path), *words[1:])
+    if command in ("evaluate", "publish --merge"):
         assert done.returncode == 2
         assert "[foreign-code:test_datasets.0.ds_type]" in done.stderr
     assert not mark.exists()
@@ -133,7 +133,7 @@ def test_a_run_that_ends_meanwhile_stays_finished(tmp_path, monkeypatch):
 
 def test_a_name_that_is_no_error_is_not_recorded(tmp_path, recipe):
     folder = theirs(tmp_path / "runs")
-    seal(folder)
+    sign(folder)
     done = recipe.fails("resume", str(folder.path), "--force", "tpyo")
     assert done.stderr == "recipe: --force tpyo: this config has no such error; errors show their names in brackets\n"
     assert folder.read().state == "interrupted"
@@ -143,7 +143,7 @@ def test_a_name_that_is_no_error_is_not_recorded(tmp_path, recipe):
 @pytest.mark.parametrize("options", [[], ["--trust"], ["--trust", "--force", PLUGIN]])
 def test_a_run_whose_config_was_deleted_is_not_resumed(tmp_path, recipe, options):
     folder = theirs(tmp_path / "runs")
-    seal(folder)
+    sign(folder)
     folder.config_file.unlink()
     record = folder.read()
     problem = f"missing; restore it, or start a new run with `recipe run {NAME}`"
@@ -163,7 +163,7 @@ def test_a_run_from_elsewhere_is_resumed_only_with_trust(tmp_path, with_fake_axo
     with_fake_axolotl.ok("run", NAME, "--profile", tiny_profile)
     (folder,) = all_runs(tmp_path / "runs")
     record = folder.read()
-    record.state, record.seal, record.recipe_file = "interrupted", "0" * 64, "/home/me/checkout/variants/wide.yaml"
+    record.state, record.hmac, record.recipe_file = "interrupted", "0" * 64, "/home/me/checkout/variants/wide.yaml"
     folder.write(record)
     folder.config_file.write_text(folder.config_file.read_text() + "gc_steps: 4\n")  # a finding with a line
     for words in ((), ("--prepare",), ("--force", "too-big")):

@@ -1,4 +1,4 @@
-"""Commands, jobs and failures on this machine; test_reproduce.py and test_sweep.py have the verbs."""
+"""Commands, jobs and failures on this machine; test_reproduce.py and test_sweep.py have the commands."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path

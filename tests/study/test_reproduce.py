@@ -252,7 +252,7 @@ def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(publish
     published_data.data.sources["own/adapter_config.json"] = DataSource()
     start = composed("llama-2-7b", overrides=typed("lora_model_dir=data/codereviewer-raw/own"))
     assert reproduce._outlined_data(published_data, start) == [
-        "data/codereviewer-raw: copy own/adapter_config.json there; study.yaml has no address for it"
+        "data/codereviewer-raw: copy own/adapter_config.json there; study.yaml has no URL for it"
     ]
 
 

@@ -34,17 +34,17 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     studies._load.cache_clear()
 
 
-def address(server: Server) -> str:
+def url_of(server: Server) -> str:
     return server.url.rpartition("/")[0]
 
 
 def scored(recipe: Recipe, *words: str, code: int = 0) -> Any:
-    return recipe.json("reproduce", "reviews", "--from", "predictions", *words, code=code)
+    return recipe.json("reproduce", "reviews", "--stage", "predictions", *words, code=code)
 
 
 def row_of(printed: Any, name: str = RECIPE) -> dict[str, Any]:
     """The BLEU-4 of a recipe's or baseline's predictions."""
-    (row,) = [row for row in printed["scores"] if row["of"] == name and row["metric"] == "bleu4"]
+    (row,) = [row for row in printed["scores"] if row["name"] == name and row["metric"] == "bleu4"]
     assert row["test_set"] == "some"
     return row
 
@@ -56,10 +56,10 @@ def mean(predictions: list[str], references: list[str]) -> float:
 
 def test_published_predictions_are_fetched_and_scored_beside_the_published_score(recipe, server, tmp_path):
     ours = mean(PREDICTED, GOLD)
-    published_study.write(tmp_path, address(server), {"bleu4": round(ours, 2), "eval_loss": 1.0})
+    published_study.write(tmp_path, url_of(server), {"bleu4": round(ours, 2), "eval_loss": 1.0})
     printed = scored(recipe)
     assert row_of(printed) == {
-        "of": RECIPE,
+        "name": RECIPE,
         "test_set": "some",
         "rows": 4,
         "metric": "bleu4",
@@ -76,13 +76,13 @@ def test_published_predictions_are_fetched_and_scored_beside_the_published_score
     step = mean([TEST[i] if i % 2 else "no" for i in SUBSET], GOLD) - 4.0
     assert baseline["difference"] == pytest.approx(step)
     assert baseline["agrees"] is False
-    assert {row["of"] for row in printed["scores"]} == {RECIPE, BASELINE}
+    assert {row["name"] for row in printed["scores"]} == {RECIPE, BASELINE}
     assert printed["problems"] == {}
     assert rundir.all_runs(tmp_path / "runs") == []
 
 
 def test_published_predictions_are_recorded(recipe, server, place):
-    published_study.write(place, address(server), {"bleu4": 1.0})
+    published_study.write(place, url_of(server), {"bleu4": 1.0})
     done = recipe.ok("results", "--export", "reviews")
     results = place / "recipes" / "reviews" / "results"
     results.mkdir()
@@ -90,23 +90,23 @@ def test_published_predictions_are_recorded(recipe, server, place):
         (place / name).rename(results / name)
     study = studies.find("reviews")
     records = score_records.records(study)
-    assert {record.of: record.rows for record in records} == {RECIPE: 4, BASELINE: 4}
+    assert {record.name: record.rows for record in records} == {RECIPE: 4, BASELINE: 4}
     recipes, _, baseline = score_records.statuses(study, records)
     assert recipes.status == "scored from the authors' predictions"
     assert baseline.status == "scored from the authors' predictions"
 
 
 def test_files_without_a_checksum_are_marked(recipe, server, tmp_path):
-    published_study.write(tmp_path, address(server), pred__txt={"sha256": None})
+    published_study.write(tmp_path, url_of(server), pred__txt={"sha256": None})
     assert row_of(scored(recipe))["verified"] is False
 
 
 def test_a_file_that_cannot_be_fetched_stops_no_other(recipe, server, tmp_path):
-    published_study.write(tmp_path, address(server))
+    published_study.write(tmp_path, url_of(server))
     del server.files["pred.txt"]
     printed = scored(recipe, code=1)
     assert list(printed["problems"]) == [RECIPE]
-    assert {row["of"] for row in printed["scores"]} == {BASELINE}
+    assert {row["name"] for row in printed["scores"]} == {BASELINE}
     assert not (tmp_path / "data" / "reviews-raw" / "pred.txt").exists()
     server.files = dict(FILES)
     assert scored(recipe)["problems"] == {}
@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_fetched_stops_no_other(recipe, server, tmp_path):
 def test_files_without_the_predictions_are_refused(recipe, server, tmp_path, file, content, name, problem):
     server.files[file] = content
     declared = {"sha256": published_study.digest(content), "bytes": len(content)}
-    published_study.write(tmp_path, address(server), **{file.replace(".", "__"): declared})
+    published_study.write(tmp_path, url_of(server), **{file.replace(".", "__"): declared})
     assert scored(recipe, code=1)["problems"] == {name: f"data/reviews-raw/{file}{problem}"}
 
 
@@ -152,12 +152,12 @@ def test_files_without_the_predictions_are_refused(recipe, server, tmp_path, fil
     [
         pytest.param(
             ["reviews", "--rehearse"],
-            "--rehearse: works only with a later stage than --from predictions",
+            "--rehearse: works only with a later stage than --stage predictions",
             id="rehearsal",
         ),
         pytest.param(
             ["reviews", "--only", "other"],
-            f"--from predictions: reviews's study.yaml declares none for these recipes, but for {RECIPE}",
+            f"--stage predictions: reviews's study.yaml declares none for these recipes, but for {RECIPE}",
             id="recipe without predictions",
         ),
         pytest.param(
@@ -167,14 +167,14 @@ def test_files_without_the_predictions_are_refused(recipe, server, tmp_path, fil
         ),
         pytest.param(
             ["peft-metamathqa"],
-            "--from predictions: peft-metamathqa's study.yaml declares none for these recipes, but for no recipe",
+            "--stage predictions: peft-metamathqa's study.yaml declares none for these recipes, but for no recipe",
             id="study without predictions",
         ),
     ],
 )
 def test_a_wrong_request_fetches_nothing(recipe, server, tmp_path, words, message):
-    published_study.write(tmp_path, address(server))
-    done = recipe.fails("reproduce", *words, "--from", "predictions")
+    published_study.write(tmp_path, url_of(server))
+    done = recipe.fails("reproduce", *words, "--stage", "predictions")
     assert done.stderr == f"recipe: {message}\n"
     assert server.paths == []
 
@@ -186,19 +186,19 @@ def test_the_first_studys_predictions(recipe, server, tmp_path):
     server.files = {}
     for file in ("msg-5000-pred.txt", "msg-5000-gold.txt"):
         server.files[file] = (SHARED / "haider2024" / file).read_bytes()
-        content["data"]["sources"][file]["url"] = f"{address(server)}/{file}"
+        content["data"]["sources"][file]["url"] = f"{url_of(server)}/{file}"
     server.files["base.jsonl"] = (SHARED / "codereviewer-test-predictions.jsonl").read_bytes()
-    content["data"]["sources"]["base.jsonl"] = {"url": f"{address(server)}/base.jsonl"}
+    content["data"]["sources"]["base.jsonl"] = {"url": f"{url_of(server)}/base.jsonl"}
     content["published"] = {"reviews/mine": content["published"]["haider2024/llama-3-8b"]}
-    content |= {"variants": {}, "metrics": {"bleu4": {}, "bertscore_f1": {}}}  # the others take longer
+    content |= {"ablations": {}, "metrics": {"bleu4": {}, "bertscore_f1": {}}}  # the others take longer
     sides = {side: {"file": "base.jsonl", "field": side} for side in ("prediction", "reference")}
     content["baselines"][0]["predictions"] = {"test_set": "test"} | sides
-    published_study.write(tmp_path, address(server))
+    published_study.write(tmp_path, url_of(server))
     (tmp_path / "recipes" / "reviews" / "study.yaml").write_text(yamlfiles.write_yaml(content))
     shutil.copy(paths.RECIPES / "haider2024" / "test-subset-1.json", tmp_path / "recipes" / "reviews")
     studies._load.cache_clear()
     rows = [
-        (row["of"], row["test_set"], round(row["score"], 2), row["published"], row["agrees"])
+        (row["name"], row["test_set"], round(row["score"], 2), row["published"], row["agrees"])
         for row in scored(recipe)["scores"]
         if row["metric"] == "bleu4"
     ]
@@ -212,12 +212,12 @@ def test_the_first_studys_predictions(recipe, server, tmp_path):
 def adapters(recipe: Recipe, profile: Path, code: int = 0) -> Any:
     """Evaluate the study's published adapters in a rehearsal."""
     rehearse = ("--profile", "rehearsal", "--profile", profile)
-    words = ("reproduce", "reviews", "--from", "adapter", "--metric", "bertscore:none")
+    words = ("reproduce", "reviews", "--stage", "adapter", "--metric", "bertscore:none")
     return recipe.json(*words, *rehearse, code=code)
 
 
 def test_a_rehearsal_fetches_no_adapter(recipe, server, tmp_path, tiny_profile):
-    published_study.write(tmp_path, address(server))
+    published_study.write(tmp_path, url_of(server))
     (step,) = adapters(recipe, tiny_profile, code=2)["steps"]
     sources = " ".join(f"--only theirs/{name}" for name in ADAPTER)
     fetch = f"run `recipe data fetch reviews {sources}`"
@@ -229,7 +229,7 @@ def test_a_published_adapter_is_evaluated_once_and_marked(recipe, server, tmp_pa
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    published_study.write(tmp_path, address(server))
+    published_study.write(tmp_path, url_of(server))
     theirs = tmp_path / "data" / "reviews-raw" / "theirs"
     lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(LlamaForCausalLM.from_pretrained(tiny), lora).save_pretrained(theirs)
@@ -244,8 +244,8 @@ def test_a_published_adapter_is_evaluated_once_and_marked(recipe, server, tmp_pa
     assert adapters(recipe, tiny_profile) == printed
     assert [folder.path for folder in rundir.all_runs(tmp_path / "runs")] == [run.path]
     recipe.fails("publish", "latest")
-    for verb in (("results",), ("results", "reviews", "--rehearse"), ("report", "-o", "a.html")):
-        recipe.ok(*verb)
+    for command in (("results",), ("results", "reviews", "--rehearse"), ("report", "-o", "a.html")):
+        recipe.ok(*command)
     assert "theirs" in recipe("results").stdout
 
     lora = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
@@ -266,7 +266,7 @@ def test_an_adapter_of_a_fork_makes_the_predictions_of_its_twin(recipe, server, 
     from safetensors.torch import load_file, save_file
     from transformers import LlamaForCausalLM
 
-    published_study.write(tmp_path, address(server))
+    published_study.write(tmp_path, url_of(server))
     file = tmp_path / "recipes" / "reviews" / "study.yaml"
     content = yamlfiles.read_yaml(file)
     of_hub = {"hub": "owner/fork", "kind": "model", "revision": "c" * 40}
@@ -355,7 +355,7 @@ def test_an_adapter_that_cannot_be_evaluated_leaves_nothing(recipe, tmp_path, ad
 
 
 def test_data_is_fetched_without_what_authors_published_unless_that_is_named(recipe, server, tmp_path):
-    published_study.write(tmp_path, address(server))
+    published_study.write(tmp_path, url_of(server))
     rows = list(SAMPLE.glob("msg-*.jsonl"))
     packed = tmp_path / "rows.zip"
     with zipfile.ZipFile(packed, "w") as archive:

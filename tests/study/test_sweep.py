@@ -1,6 +1,6 @@
 """A sweep over a tiny Llama through the command: stopped, started again, and compared.
 
-A fake Axolotl trains its members; their evaluations are real.
+A fake Axolotl trains its trials; their evaluations are real.
 """
 
 import os
@@ -49,7 +49,7 @@ def stop(process: "subprocess.Popen[bytes]", place: Path, how: str) -> None:
 
 @pytest.fixture(scope="module")
 def finished(place: Path, tiny_profile: Path, fake_axolotl: Path) -> dict[str, Any]:
-    """Output of a sweep that was stopped in one of these ways while it trained a member, and then ran to its end."""
+    """Output of a sweep that was stopped in one of these ways while it trained a trial, and then ran to its end."""
     seed = time.time_ns()
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -66,15 +66,15 @@ def finished(place: Path, tiny_profile: Path, fake_axolotl: Path) -> dict[str, A
     assert run.read().state == "interrupted"
     assert len(run.read().launches) == 1
     done = subprocess.run(command(fake_axolotl, tiny_profile), cwd=place, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr  # for the member that fails
+    assert done.returncode == 1, done.stderr  # for the trial that fails
     assert re.findall(r"(\d) of 3, (\w+): ", done.stderr)[-2:] == [("2", "high"), ("3", "broken")]
     assert "recipe resume" not in done.stderr
     assert "next:" not in done.stderr
     return orjson.loads(done.stdout)
 
 
-def test_killed_and_started_again_it_has_its_members_and_none_ran_twice(place, finished):
-    assert [step["member"] for step in finished["steps"]] == [member["name"] for member in MEMBERS]
+def test_killed_and_started_again_it_has_its_trials_and_none_ran_twice(place, finished):
+    assert [step["trial"] for step in finished["steps"]] == [trial["name"] for trial in MEMBERS]
     assert [step["problem"] for step in finished["steps"][:2]] == [None, None]
     assert finished["steps"][2]["problem"]
     records = [folder.read() for folder in rundir.all_runs(place / "runs" / BASE)]
@@ -83,9 +83,9 @@ def test_killed_and_started_again_it_has_its_members_and_none_ran_twice(place, f
     assert sorted(len(record.launches) for record in done) == [1, 2]
 
 
-def test_its_members_compare_and_one_that_failed_has_nothing(finished):
+def test_its_trials_compare_and_one_that_failed_has_nothing(finished):
     low, high, broken = finished["results"]
-    assert [row["member"] for row in (low, high, broken)] == ["low", "high", "broken"]
+    assert [row["trial"] for row in (low, high, broken)] == ["low", "high", "broken"]
     for row in (low, high):
         assert row["bleu4"] is not None
         assert row["eval_loss"] > 0

@@ -24,16 +24,16 @@ def subcommands(command: click.Command) -> dict[str, click.Command]:
 
 def commands(name: str = "recipe", command: click.Command = ALL) -> Iterator[tuple[str, click.Command]]:
     yield name, command
-    for verb, below in subcommands(command).items():
-        yield from commands(f"{name} {verb}", below)
+    for word, below in subcommands(command).items():
+        yield from commands(f"{name} {word}", below)
 
 
 COMMANDS = dict(commands())
 
 
 def parsed(line: str) -> click.Context:
-    """Parse a line that begins with `recipe`; the context of its verb. Files and a user's recipes need not exist."""
-    with patch("qlora_recipes.verbs.options.find_recipe", _found):
+    """Parse a line that begins with `recipe`; the context of its word. Files and a user's recipes need not exist."""
+    with patch("qlora_recipes.commands.options.find_recipe", _found):
         return _parsed(*shlex.split(line, comments=True))
 
 
@@ -49,7 +49,7 @@ def _parsed(name: str, *arguments: str) -> click.Context:
         context = command.make_context(name, words)
         if not isinstance(command, click.Group):
             return context
-        verb, below, words = command.resolve_command(context, [*context._protected_args, *context.args])
-        assert verb
+        word, below, words = command.resolve_command(context, [*context._protected_args, *context.args])
+        assert word
         assert below
-        name, command = verb, below
+        name, command = word, below

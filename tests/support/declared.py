@@ -32,7 +32,7 @@ def sums(folder: Path, changes: dict[str, Any] | None = None) -> studies.Study:
     content = yamlfiles.read_yaml(paths.RECIPES / "haider2024" / "study.yaml") | {"data": SUMS, "baselines": []}
     for published in content["published"].values():
         published.pop("predictions", None)  # which are among the files of that study's data
-    for variant in content["variants"].values():
+    for variant in content["ablations"].values():
         variant.pop("log", None)  # whose learning rates are in another file
     for keys, value in (changes or {}).items():
         content = merge(content, _below(keys.split(" > "), value))

@@ -4,7 +4,7 @@ Files are written in the order in which Axolotl, transformers and this project's
 that a killed process leaves half of one. What it learns is a chain of hashes with a link for each step. Checkpoints
 hold the link, as in a real one spread over the optimizer, the scheduler and the random state, and as in real life a
 missing one is replaced by a new one in silence. So a resumed run ends with the adapter of an undisturbed one only if it
-began at a whole checkpoint, with the step after it.
+began at a valid checkpoint, with the step after it.
 
 Environment variables:
     FAKE_STEP: seconds that a step takes.
@@ -257,18 +257,18 @@ def main() -> None:
     """Do as `axolotl preprocess CONFIG`, `axolotl train CONFIG [--resume-from-checkpoint FOLDER]`, or `axolotl
     merge-lora CONFIG --output-dir FOLDER`."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("verb", choices=("preprocess", "train", "merge-lora"))
+    parser.add_argument("command", choices=("preprocess", "train", "merge-lora"))
     parser.add_argument("config", type=Path)
     parser.add_argument("--resume-from-checkpoint", type=Path)
     parser.add_argument("--output-dir", type=Path)
     words, _ = parser.parse_known_args()
     cfg = yamlfiles.read_yaml(words.config)
-    if words.verb == "merge-lora":
+    if words.command == "merge-lora":
         merge(words.output_dir)
         return
     note_phase(cfg, "reading and tokenizing rows")
     prepare(cfg)
-    if words.verb == "preprocess":
+    if words.command == "preprocess":
         return
     if cfg.get("lr_scheduler_kwargs"):
         raise TypeError("the scheduler got an unexpected keyword argument")

@@ -1,4 +1,4 @@
-"""Model families besides Llama: a shipped size of each, and one small enough to be trained in a test."""
+"""Model families besides Llama: a built-in size of each, and one small enough to be trained in a test."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ _LONG = {
     "rope_scaling": {"type": "longrope", "long_factor": [1 + i / 10 for i in range(48)], "short_factor": [1.0] * 48},
 }
 _CATALOGUE = models.catalogue()
-SHIPPED: dict[str, tuple[dict[str, Any], int]] = {
+BUILT_IN: dict[str, tuple[dict[str, Any], int]] = {
     name.partition("/")[2]: (_CATALOGUE[name]["config"], parameters) for name, parameters in _LISTED.items()
 } | {
     "gemma-3-4b-it": (_WITH_IMAGES, 4_300_079_472),

@@ -121,9 +121,11 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @contextmanager
 def as_hub(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Have huggingface_hub take a server for the hub, with an empty cache."""
-    address = re.sub("/files/.*", "", server.url)
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    url_parts = re.sub("/files/.*", "", server.url)
+    monkeypatch.setattr(constants, "ENDPOINT", url_parts)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url_parts + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     close_session()

@@ -1,4 +1,4 @@
-"""llama.cpp's server: FILE NAME; prints its address. Runs in the environment of `make llama`."""
+"""llama.cpp's server: FILE NAME; prints its URL. Runs in the environment of `make llama`."""
 
 import signal
 import sys

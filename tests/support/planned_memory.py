@@ -6,7 +6,7 @@ WEIGHTS = ("base weights", "quantization constants", "embeddings and head")
 
 
 def kept_by_rank(step_plan: StepPlan, gpus: int) -> dict[str, float]:
-    """Bytes of weights, gradients and optimizer state that a plan gives each GPU, by engine."""
+    """Bytes of weights, gradients and optimizer state that a plan gives each GPU, by parallelism."""
     parts, frozen = step_plan.memory.usage.parts, 0
     rest = step_plan.required - sum(parts.get(kind, 0) for kind in (*WEIGHTS, "adapters", "gradients", "optimizer"))
     if step_plan.step.adapter:
@@ -14,5 +14,7 @@ def kept_by_rank(step_plan: StepPlan, gpus: int) -> dict[str, float]:
     trained = step_plan.memory.total("trainable") * (2 if step_plan.step.autocast else 4)
     layer = (frozen + trained) / step_plan.memory.sizes["layers"]
     gathered = max(layer, parts.get("embeddings and head", 0)) * (1 - 1 / gpus)
-    by_engine = {engine: size - rest for engine, size in per_gpu(step_plan, gpus).items() if engine != "DDP"}
-    return by_engine | {engine: by_engine[engine] - gathered for engine in ("ZeRO-3", "FSDP")}
+    by_parallelism = {
+        parallelism: size - rest for parallelism, size in per_gpu(step_plan, gpus).items() if parallelism != "DDP"
+    }
+    return by_parallelism | {parallelism: by_parallelism[parallelism] - gathered for parallelism in ("ZeRO-3", "FSDP")}

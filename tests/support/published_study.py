@@ -1,4 +1,4 @@
-"""A study of review comments whose authors published predictions and an adapter. Its data is the shipped sample; what
+"""A study of review comments whose authors published predictions and an adapter. Its data is the built-in sample; what
 was published is on a server of this machine."""
 
 import hashlib

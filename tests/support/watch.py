@@ -97,5 +97,5 @@ def elsewhere(events: list[Event], *folders: Path) -> list[Event]:
 
 def hosts_of(url: str) -> set[str]:
     """Texts of the events of a connection to a URL on this machine."""
-    address = urlsplit(url)
-    return {str((address.hostname, address.port)), str(address.hostname)}
+    url_parts = urlsplit(url)
+    return {str((url_parts.hostname, url_parts.port)), str(url_parts.hostname)}

@@ -136,7 +136,7 @@ def test_the_eval_loss_is_that_of_the_checkpoint_that_was_kept(tmp_path):
     ("loss", "labels", "is_high"),
     [
         (10.9, 4000, False),
-        (15.69, 32, False),  # of labels and end tokens (seen)
+        (15.69, 32, False),  # of labels and EOS tokens (seen)
         (15.69, 4000, True),
         (21.29, 4000, True),  # of damaged 4-bit weights (seen)
         (math.nan, 4000, False),  # which `recipe` reports
@@ -144,7 +144,7 @@ def test_the_eval_loss_is_that_of_the_checkpoint_that_was_kept(tmp_path):
     ],
 )
 @pytest.mark.parametrize("accepted", [False, True])
-def test_a_first_loss_that_no_undamaged_model_has_ends_the_training(
+def test_a_first_loss_that_no_intact_model_has_ends_the_training(
     tmp_path, monkeypatch, loss, labels, is_high, accepted
 ):
     if accepted:

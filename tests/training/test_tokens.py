@@ -38,7 +38,7 @@ def smollm2() -> yamlfiles.Config:
     return compose.compose(Request(NAME, rehearse=True)).config
 
 
-def test_the_stand_in_has_the_context_that_rehearsals_assume(smollm2):
+def test_the_small_model_has_the_context_that_rehearsals_assume(smollm2):
     sizes = orjson.loads(Path(smollm2["base_model"], "config.json").read_bytes())
     assert sizes["max_position_embeddings"] == substitution.CONTEXT
 
@@ -165,8 +165,7 @@ PARTS = [{"type": "text", "text": "A test."}]
 SEGMENTS = {"segments": [{"label": False, "text": "a"}, {"label": True, "text": "b</s>"}]}
 ROW = {"instruction": "Say it.", "output": "x"}
 UNLEARNT = (
-    "{} without tokens that carry loss (empty answer, or wrong role); correct or drop these rows "
-    "[nothing-learnt:DATA.path]"
+    "{} without tokens to train on (empty answer, or wrong role); correct or drop these rows [nothing-learnt:DATA.path]"
 )
 UNKNOWN = (
     "rows.jsonl:3: warning: DATA.path: 1 row with the role {}, unknown to `roles` and the template{}; correct it, or "
@@ -177,8 +176,8 @@ FAILS = (
     "[bad-row:DATA.path]"
 )
 MASKED = (
-    ": warning: DATA.type: no end token carries loss: the model would not learn to stop; inspect rows with "
-    "--show-tokens [eos-masked:DATA.type]"
+    ": warning: DATA.type: no EOS or end-of-turn token is trained on: the model would not learn to stop; inspect rows "
+    "with --show-tokens [eos-masked:DATA.type]"
 )
 THIRD_UNLEARNT = f"rows.jsonl:3: warning: DATA.path: {UNLEARNT.format('1 row')}"
 
@@ -282,7 +281,7 @@ TOO_LONG = ": {}: DATA.path: {} of 109 rows exceed sequence_len, {}; the longest
         ({"sequence_len": 300}, [TOO_LONG.format("warning", 67, "300: dropped")]),
         (
             {"sequence_len": 300, "excess_length_strategy": "truncate"},
-            [TOO_LONG.format("warning", 67, "300: cut")],
+            [TOO_LONG.format("warning", 67, "300: truncated")],
         ),
         (
             {"sequence_len": 300, "excess_length_strategy": "raise"},
@@ -317,10 +316,10 @@ def test_rows_are_judged_by_the_rehearsals_tokenizer_if_asked(recipe, tmp_path):
     (tmp_path / "own.yaml").write_text(yamlfiles.write_yaml(config_with(change)))
     lines = [chat(ASKED, ANSWER), chat(ASKED), chat(said("user", "Why?")), chat(SYSTEM, ASKED, ANSWER)]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
-    (unread,) = recipe.json("check", "own.yaml", "--data")
+    (unread,) = recipe.json("check", "own.yaml", "--all-rows")
     assert unread["findings"][-1]["name"] == "not-checked:base_model"
     assert "tokens" not in unread["data"][0]
-    (report,) = recipe.json("check", "own.yaml", "--data", "--rehearse", code=2)
+    (report,) = recipe.json("check", "own.yaml", "--all-rows", "--rehearse", code=2)
     by_rule = {finding["rule"]: finding for finding in report["findings"]}
     assert by_rule["bad-row"]["where"] == "rows.jsonl"
     assert by_rule["bad-row"]["line"] == 4
@@ -335,7 +334,7 @@ def test_faults_of_the_text_and_of_the_tokens_are_reported_together(recipe, tmp_
     lines = [fine, b"{", orjson.dumps(chat(ASKED)), orjson.dumps(chat(SYSTEM, ASKED, ANSWER)), fine]
     lines += [orjson.dumps(chat(ASKED, said("robot", "a"), ASKED, ANSWER)), orjson.dumps({"text": "a"}), lines[3]]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
-    (report,) = recipe.json("check", "own.yaml", "--data", code=2)
+    (report,) = recipe.json("check", "own.yaml", "--all-rows", code=2)
     places = [(finding["rule"], finding["line"]) for finding in report["findings"] if finding["where"] == "rows.jsonl"]
     text_mistakes = [("bad-row", 2), ("bad-row", 7), ("repeated-row", 5)]
     token_mistakes = [("bad-row", 4), ("nothing-learnt", 3), ("unknown-role", 6)]
@@ -346,7 +345,7 @@ def test_a_wrong_gpu_or_a_missing_second_file_hides_no_row(recipe, tmp_path, lla
     data = [{"path": "rows.jsonl", "type": "alpaca"}, {"path": "gone.jsonl", "type": "alpaca"}]
     (tmp_path / "own.yaml").write_text(yamlfiles.write_yaml(llama | {"datasets": data, "bf16": True}))
     (tmp_path / "rows.jsonl").write_bytes(orjson.dumps(ROW) + b"\n" + orjson.dumps(ROW | {"output": ""}) + b"\n")
-    (report,) = recipe.json("check", "own.yaml", "--data", "--gpu", "T4", code=2)
+    (report,) = recipe.json("check", "own.yaml", "--all-rows", "--gpu", "T4", code=2)
     rules = {finding["name"] for finding in report["findings"]}
     assert {"gpu-lacks:bf16", "missing-file:datasets.1.path", "nothing-learnt:datasets.0.path"} <= rules, rules
 

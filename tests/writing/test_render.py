@@ -25,10 +25,10 @@ def test_the_row_of_a_recipe_shows_what_was_recorded(place, monkeypatch):
     for name, bleu4 in (("a", 5.0), ("b", 5.1)):
         run = recorded_runs.completed(run_folders.a_run(Path("runs"), "haider2024/llama-2-7b", name, bleu4))
         recorded_runs.recorded(run)
-    here, shipped = score_records.records(study), score_records.shipped_records(study)
-    assert len(here) == 2 + len(shipped)  # they are not beside the study's recipes
+    here, built_in = score_records.records(study), score_records.built_in_records(study)
+    assert len(here) == 2 + len(built_in)  # they are not beside the study's recipes
     with monkeypatch.context() as patch:  # as if they were
-        patch.setattr(score_records, "shipped_records", lambda of: here if of.folder == study.folder else [])
+        patch.setattr(score_records, "built_in_records", lambda of: here if of.folder == study.folder else [])
         readme = render.rendered()[render.README]
     (line,) = [line for line in readme.splitlines() if line.startswith("| [haider2024/llama-2-7b]")]
     assert line.split(" | ")[5:] == ["5.02", "5.05", "retrained on RTX 4090, seed 42 and RTX 4090, seed 42 |"]

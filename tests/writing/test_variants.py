@@ -242,5 +242,5 @@ def test_a_run_of_a_variant_lists_its_differences_from_that(place):
     }
     row = listing.record(RunResult(RunDir(place / "r"), record))
     assert row["variant_of"] == BASE
-    assert row["changed_keys"] == "lora_r, lora_alpha"
+    assert row["changed"] == {"lora_r": 16, "lora_alpha": 8}
     assert row["other_base_model"] == "Qwen/Qwen3-0.6B"  # of the study's

@@ -192,18 +192,18 @@ def study_page(study: Study, rehearsal: bool, runs: Path) -> Page:
 
 
 def sweep_page(sweep: Sweep, runs: Path) -> Page:
-    """Report on a sweep: trade-offs of the members, and their runs.
+    """Report on a sweep: trade-offs of the trials, and their runs.
 
     Raises:
-        UserError: no member has a run.
+        UserError: no trial has a run.
     """
     rows = sweep_results.rows(sweep, runs)
     results, names = [], []
     for row in rows:
         results += row.runs
-        names += [row.member.name] * len(row.runs)
+        names += [row.trial.name] * len(row.runs)
     if not results:
-        raise UserError("no member has a run yet", key=sweep.name, remedy="start them with `recipe sweep`")
+        raise UserError("no trial has a run yet", key=sweep.name, remedy="start them with `recipe sweep`")
     about = f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}."
     section = Section(
         key="sweep",

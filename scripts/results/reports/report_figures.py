@@ -130,18 +130,18 @@ def _loss_curves(runs: dict[str, list[Row]]) -> Iterator[Trace]:
 
 
 _FRONT = (
-    "Filled diamonds form the Pareto front: no other member is better in one value and at least as good in the other."
+    "Filled diamonds form the Pareto front: no other trial is better in one value and at least as good in the other."
 )
 
 
 def sweep_figure(rows: Sequence[SweepRow]) -> Figure:
-    """Figure of a sweep's members by eval loss and memory, with the Pareto front; without points for one value."""
+    """Figure of a sweep's trials by eval loss and memory, with the Pareto front; without points for one value."""
     front: list[tuple[float, float, str]] = []
     dominated: list[tuple[float, float, str]] = []
     for row in rows:
         if row.costs:
             points = front if row.pareto else dominated
-            points.append((*row.costs, row.member.name))
+            points.append((*row.costs, row.trial.name))
     line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}
     traces = [
         _points("on the Pareto front", sorted(front), 2, symbol="diamond", mode="lines+markers+text", line=line),

@@ -38,14 +38,14 @@ class TaskResult:
     """Result of a recipe: the state of each step, and the errors of a failed one.
 
     Attributes:
-        member: name of the sweep member, or None.
+        trial: name of the sweep trial, or None.
         steps: for each step: done, skipped (its inputs are unchanged), queued, or failed.
         run: folder of the finished run.
         seed: seed, if the recipe runs with several seeds.
     """
 
     recipe: str
-    member: str | None = None
+    trial: str | None = None
     steps: dict[str, str] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     run: Path | None = None
@@ -63,11 +63,11 @@ class TaskResult:
     @property
     def label(self) -> str:
         """Name in messages."""
-        return self.member or self.recipe + ("" if self.seed is None else f", seed {self.seed}")
+        return self.trial or self.recipe + ("" if self.seed is None else f", seed {self.seed}")
 
     def as_row(self) -> dict[str, Any]:
         """Row for a summary table."""
-        name = {"member" if self.member else "recipe": self.label}
+        name = {"trial" if self.trial else "recipe": self.label}
         return name | {step: self.steps.get(step) for step in ("check", "plan", "run", "evaluate")}
 
 
@@ -135,7 +135,7 @@ def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> 
     Raises:
         UserError: jobs.json is damaged.
     """
-    from .slurm_site import active
+    from .slurm_cluster import active
 
     states = active([job for job in folder.jobs() if job.step == step and words in (None, job.words)])
     return JobState("unknown") if states is None else next(iter(states.values()), None)
@@ -251,13 +251,13 @@ def stop_holders(locks: Iterable[Path]) -> list[str]:
 
 def cancel(folders: Iterable[RunDir], locks: Iterable[Path] = ()) -> list[str]:
     """Ask the commands that hold a lock to stop, or else the runs; return a message per process or job."""
-    from . import slurm_site
+    from . import slurm_cluster
 
     messages = stop_holders(locks)
     if messages:  # these commands stop their runs, and would otherwise start the next ones
         return messages
     for folder in folders:
         # ask each run only once: a second request would stop training without a checkpoint
-        asked = slurm_site.cancel(folder.jobs()) or stop_holders(folder.path.rglob("*lock"))
+        asked = slurm_cluster.cancel(folder.jobs()) or stop_holders(folder.path.rglob("*lock"))
         messages += [f"{folder.path}: {message}" for message in asked]
     return messages

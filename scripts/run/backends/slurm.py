@@ -2,7 +2,7 @@
 
 Job scripts are rendered from templates/slurm.sh.j2, stored with logs below runs/slurm/, and submitted with sbatch.
 One job array prepares rows, one trains, and one evaluates. Each evaluation task waits for its training task. A job
-near its time limit stops at a checkpoint and is requeued. Requeued and preempted jobs resume from the last complete
+near its time limit stops at a checkpoint and is requeued. Requeued and preempted jobs resume from the last valid
 checkpoint.
 """
 
@@ -26,7 +26,7 @@ from ...config.gpus import Gpu
 from ...training.run_record import Job
 from ..rundir import RunDir, stamped
 from . import Command, Step, Task
-from .slurm_site import STEPS, Site, active, ask, forget_queue, queue, sbatch, settings_file, site_settings
+from .slurm_cluster import STEPS, Cluster, active, ask, cluster_settings, forget_queue, queue, sbatch, settings_file
 
 GRACE = 300  # training stops at a checkpoint this many seconds before the limit; --on slurm,signal=… changes it
 
@@ -48,14 +48,14 @@ class Slurm:
 
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str], submits: bool = True):
         require_plain(Path.cwd(), paths.runs(), sys.executable)
-        self.site = site_settings(options)
+        self.cluster = cluster_settings(options)
         self.jobs = jobs
-        self._gpu = gpus.find(self.site.gpu, "gpu") if self.site.gpu and not rehearsal else None
+        self._gpu = gpus.find(self.cluster.gpu, "gpu") if self.cluster.gpu and not rehearsal else None
         if submits and isinstance(error := queue([getuser()]), UserError):
             raise error  # without SLURM's answer, a queued run could be submitted again
 
     def gpu(self) -> Gpu | None:
-        """GPU in the site's settings, or None."""
+        """GPU in the cluster's settings, or None."""
         return self._gpu
 
     def check_size(self, gpus: int, nodes: int) -> None:
@@ -80,7 +80,7 @@ class Slurm:
             gpus: number of GPUs per node.
             nodes: number of nodes.
         """
-        batch = Batch(self.site, self.jobs, _file_name(training.result.recipe), gpus, nodes)
+        batch = Batch(self.cluster, self.jobs, _file_name(training.result.recipe), gpus, nodes)
         return batch.script("prepare", [_preparing(training)], 1) + batch.script("run", [training], 1)
 
     def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
@@ -102,7 +102,7 @@ class Slurm:
         if not tasks:
             return []
         forget_queue()  # the cached job states may be outdated after checks and plans
-        batch = Batch(self.site, self.jobs, _file_name(title), tasks[0].gpus, tasks[0].nodes)
+        batch = Batch(self.cluster, self.jobs, _file_name(title), tasks[0].gpus, tasks[0].nodes)
         batch.check({step for task in tasks for step in task.steps}, len(tasks))
         claimed = []
         for task in tasks:
@@ -160,7 +160,7 @@ class Batch:
     """Scripts and jobs of one submission.
 
     Attributes:
-        site: settings of the site.
+        cluster: settings of the cluster.
         jobs: maximum number of simultaneous tasks of an array; None sets no limit.
         title: name of the submission, usable in file names.
         gpus: number of GPUs per node for each training.
@@ -169,7 +169,7 @@ class Batch:
         submitted: ids of the submitted jobs.
     """
 
-    site: Site
+    cluster: Cluster
     jobs: int | None
     title: str
     gpus: int
@@ -241,7 +241,7 @@ class Batch:
             title=self.title,
             step=step,
             options=self._options(step, count),
-            setup=self.site.setup,
+            setup=self.cluster.setup,
             cwd=Path.cwd(),
             part=PART,
             tasks=tasks,
@@ -251,8 +251,8 @@ class Batch:
 
     def _launcher(self, step: Step) -> str:
         """Shell command that starts `recipe` on each node of a step."""
-        if self.site.prefix:
-            recipe = f"{self.site.prefix} recipe"
+        if self.cluster.prefix:
+            recipe = f"{self.cluster.prefix} recipe"
         else:
             recipe = shlex.quote(str(Path(sys.executable).with_name("recipe")))
         nodes = self._nodes(step)
@@ -285,12 +285,12 @@ class Batch:
             "requeue": "",
             "signal": f"B:USR1@{GRACE}",
         }
-        options |= _site_options(self.site.options | self.site.of_step.get(step, {}), self._gpus(step))
+        options |= _cluster_options(self.cluster.options | self.cluster.of_step.get(step, {}), self._gpus(step))
         return [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]
 
 
-def _site_options(options: dict[str, str], gpus: int) -> dict[str, str]:
-    """Options of a site for jobs with a number of GPUs per node, with {gpus} replaced by this number."""
+def _cluster_options(options: dict[str, str], gpus: int) -> dict[str, str]:
+    """Options of a cluster for jobs with a number of GPUs per node, with {gpus} replaced by this number."""
     if gpus:
         return {key: value.replace("{gpus}", str(gpus)) for key, value in _with_gpus(options, gpus).items()}
     options = {key: value for key, value in options.items() if "{gpus}" not in value}
@@ -301,7 +301,7 @@ def _site_options(options: dict[str, str], gpus: int) -> dict[str, str]:
 
 
 def _with_gpus(options: dict[str, str], gpus: int) -> dict[str, str]:
-    """Options that request GPUs; those of the site may do so already."""
+    """Options that request GPUs; those of the cluster may do so already."""
     if _request_gpus(options):
         return options
     gres = f"{options['gres']}," if options.get("gres") else ""

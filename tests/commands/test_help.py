@@ -41,7 +41,7 @@ EXAMPLES = [(name, line) for name, command in COMMANDS.items() for line in (comm
 
 
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)
-def test_an_example_is_a_command_of_this_verb(place, name, example):
+def test_an_example_is_a_command_of_this_command(place, name, example):
     (place / "mine.jsonl").touch()  # of `recipe new --data`
     assert f"{example} ".startswith(f"{name} ")
     assert parsed(example).args == []

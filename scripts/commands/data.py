@@ -1,4 +1,4 @@
-"""The verbs `data fetch` and `data prepare`."""
+"""The commands `data fetch` and `data prepare`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,25 +8,25 @@ import typer
 from ..base import tables
 from ..base.errors import meant
 from ..base.terminal import Bar, say
-from .help import Verb, Verbs, suggest
+from .help import Command, Commands, suggest
 from .options import Json, complete_studies, repeatable_option, several_arguments
 
-verbs = typer.Typer(rich_markup_mode=None, suggest_commands=False)  # click suggests commands already
-data_verbs = typer.Typer(
-    cls=Verbs,
+commands = typer.Typer(rich_markup_mode=None, suggest_commands=False)  # click suggests commands already
+data_commands = typer.Typer(
+    cls=Commands,
     help="Fetch and prepare the data that recipes train on.",
     no_args_is_help=True,
     epilog="recipe data fetch codereviewer\nrecipe data prepare --study haider2024",
 )
-verbs.add_typer(data_verbs, name="data")
+commands.add_typer(data_commands, name="data")
 
 
-@data_verbs.command(
+@data_commands.command(
     "fetch",
-    cls=Verb,
+    cls=Command,
     epilog="recipe data fetch codereviewer\nrecipe data fetch gsm8k --only test.jsonl",
 )
-def fetch_verb(
+def fetch_command(
     *,
     name: Annotated[
         str,
@@ -52,12 +52,12 @@ def fetch_verb(
     suggest("data", "prepare", "--study", study.folder.name, json=json)
 
 
-@data_verbs.command(
+@data_commands.command(
     "prepare",
-    cls=Verb,
+    cls=Command,
     epilog="recipe data prepare --study haider2024\nrecipe data prepare my-folder --study haider2024",
 )
-def prepare_verb(
+def prepare_command(
     *,
     raw: Annotated[
         list[Path],
@@ -91,4 +91,4 @@ def prepare_verb(
         tables.print_table(manifest.table(prepared), below=["left out"])
         print(folder / manifest.MANIFEST)
     tables.show(json, manifests, [])
-    suggest("check", next(iter(study.published)), "--data", json=json)
+    suggest("check", next(iter(study.published)), "--all-rows", json=json)

@@ -31,9 +31,9 @@ def llama() -> StepPlan:
     return step_plan.plan_step(compose(Request("haider2024/llama-3-8b")).config, gpus.find("T4"))[0]
 
 
-def test_the_file_has_the_steps_of_the_shipped_recipes_and_no_others():
-    assert json.loads(step_plan.SHIPPED.read_bytes())["versions"] == step_plan.packages(), REMEDY
-    assert step_plan.shipped().keys() == plans.step_plans().keys(), REMEDY
+def test_the_file_has_the_steps_of_the_built_in_recipes_and_no_others():
+    assert json.loads(step_plan.BUILT_IN.read_bytes())["versions"] == step_plan.packages(), REMEDY
+    assert step_plan.built_in().keys() == plans.step_plans().keys(), REMEDY
 
 
 def test_a_study_that_fits_is_planned_without_a_trace(recipe, untraced):
@@ -52,12 +52,12 @@ def test_other_versions_of_the_packages_need_a_trace(llama, monkeypatch):
 def test_a_damaged_file_needs_a_trace(llama, content, tmp_path, monkeypatch):
     file = tmp_path / "plans.json"
     file.write_text(content)
-    monkeypatch.setattr(step_plan, "SHIPPED", file)
-    step_plan.shipped.cache_clear()
+    monkeypatch.setattr(step_plan, "BUILT_IN", file)
+    step_plan.built_in.cache_clear()
     try:
         assert llama.stored is None
     finally:
-        step_plan.shipped.cache_clear()
+        step_plan.built_in.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,10 @@ def test_gpus_with_the_same_kernels_share_a_plan(capability, alike):
 
 @pytest.mark.long
 @pytest.mark.parametrize("study", sorted({name.partition("/")[0] for name in paths.recipe_names()}))
-def test_shipped_figures_are_those_of_a_new_trace(study):
+def test_built_in_figures_are_those_of_a_new_trace(study):
     steps_of_study = plans.step_plans(study)
     traced = dict(merging.flatten({key: asdict(step.traced()) for key, step in steps_of_study.items()}))
-    shipped = dict(merging.flatten({key: step_plan.shipped()[key] for key in steps_of_study}))
-    changed = {key: value for key, value in traced.items() if value != shipped.get(key)}
-    assert changed == {key: shipped.get(key) for key in changed}, REMEDY
-    assert traced.keys() == shipped.keys(), REMEDY
+    built_in = dict(merging.flatten({key: step_plan.built_in()[key] for key in steps_of_study}))
+    changed = {key: value for key, value in traced.items() if value != built_in.get(key)}
+    assert changed == {key: built_in.get(key) for key in changed}, REMEDY
+    assert traced.keys() == built_in.keys(), REMEDY

@@ -1,4 +1,4 @@
-"""The verbs list, show, diff and new."""
+"""The commands list, show, diff and new."""
 
 from fnmatch import fnmatch
 from glob import has_magic
@@ -11,7 +11,7 @@ from ..base import paths, tables, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, read_json
 from ..base.terminal import harmless, say
-from .help import Verb, suggest
+from .help import Command, suggest
 from .options import (
     Json,
     Name,
@@ -23,11 +23,11 @@ from .options import (
     refuse_without,
 )
 
-verbs = typer.Typer(rich_markup_mode=None)
+commands = typer.Typer(rich_markup_mode=None)
 
 
-@verbs.command("list", cls=Verb, epilog="recipe list\nrecipe list haider2024")
-def list_verb(
+@commands.command("list", cls=Command, epilog="recipe list\nrecipe list haider2024")
+def list_command(
     name: Annotated[
         str,
         typer.Argument(
@@ -48,8 +48,8 @@ def list_verb(
     for row in rows:
         by_study.setdefault(row["study"] or "Without a study", []).append(_shown(row))
     studies = [tables.Table(table, study, ["variant of"]) for study, table in by_study.items()]
-    shipped = read_json(paths.HOURS)
-    note = f"cheapest run with a verdict: {shipped['cheapest']}; planned hours are for one {shipped['gpu']}"
+    built_in = read_json(paths.HOURS)
+    note = f"cheapest run with a verdict: {built_in['cheapest']}; planned hours are for one {built_in['gpu']}"
     tables.show(json, rows, studies, [] if name else [note])
     suggest("run", rows[0]["recipe"] if name else "start/qlora", "--rehearse", json=json)
 
@@ -142,8 +142,8 @@ def _shown(row: Row) -> Row:
     }
 
 
-@verbs.command("show", cls=Verb, epilog="recipe show llama-3.2-3b")
-def show_verb(name: Name, json: Json = False) -> None:
+@commands.command("show", cls=Command, epilog="recipe show llama-3.2-3b")
+def show_command(name: Name, json: Json = False) -> None:
     """Print a recipe's YAML, with the source of each setting."""
     recipe, file = paths.find_recipe(name)
     if json:
@@ -157,12 +157,12 @@ def show_verb(name: Name, json: Json = False) -> None:
         print(harmless(yamlfiles.masked_yaml(file)).lstrip("\n"), end="")
 
 
-@verbs.command(
+@commands.command(
     "diff",
-    cls=Verb,
+    cls=Command,
     epilog="recipe diff code-llama-7b llama-3.2-3b\nrecipe diff runs/A/config.yaml runs/B/config.yaml",
 )
-def diff_verb(
+def diff_command(
     a: Annotated[
         str,
         recipe_argument(
@@ -191,12 +191,12 @@ def diff_verb(
         tables.print_table(texts, below=[*rows[0]][1:])
 
 
-@verbs.command(
+@commands.command(
     "new",
-    cls=Verb,
+    cls=Command,
     epilog="recipe new mine --data mine.csv\nrecipe new wide --from llama-3.2-3b --set lora_r=64",
 )
-def new_verb(
+def new_command(
     *,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the variant, saved as variants/NAME.yaml.")],
     from_: Annotated[

@@ -1,22 +1,22 @@
-"""The verbs run, resume and cancel."""
+"""The commands run, resume and cancel."""
 
 from typing import Annotated
 
 import typer
 
 from ..base.errors import UserError
-from .help import Verb, suggest_evaluation
+from .help import Command, suggest_evaluation
 from .options import WHERE, Force, Name, On, Overrides, Profiles, RehearseAll, RunName, Things, backend_of
 
-verbs = typer.Typer(rich_markup_mode=None)
+commands = typer.Typer(rich_markup_mode=None)
 
 
-@verbs.command(
+@commands.command(
     "run",
-    cls=Verb,
+    cls=Command,
     epilog="recipe run code-llama-7b --rehearse\nrecipe run llama-3.2-3b --set num_epochs=3 --set lora_r=64",
 )
-def run_verb(
+def run_command(
     *,
     name: Name,
     rehearse: RehearseAll = False,
@@ -60,8 +60,8 @@ def run_verb(
         suggest_evaluation(folder, on)
 
 
-@verbs.command("resume", cls=Verb, epilog="recipe resume latest")
-def resume_verb(
+@commands.command("resume", cls=Command, epilog="recipe resume latest")
+def resume_command(
     *,
     run: RunName,
     prepare: Annotated[
@@ -75,7 +75,7 @@ def resume_verb(
     force: Force,
     on: On = "local",
 ) -> None:
-    """Resume an interrupted run from its last complete checkpoint."""
+    """Resume an interrupted run from its last valid checkpoint."""
     from ..run.run import resume
 
     backend = backend_of(on)
@@ -85,8 +85,8 @@ def resume_verb(
         suggest_evaluation(folder, on)
 
 
-@verbs.command("cancel", cls=Verb, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
-def cancel_verb(names: Things) -> None:
+@commands.command("cancel", cls=Command, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
+def cancel_command(names: Things) -> None:
     """Save a checkpoint and stop active jobs; remove queued ones."""
     if not names:
         raise UserError("nothing is named; give a run, a study or a sweep, as in `recipe cancel latest`")

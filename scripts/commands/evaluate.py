@@ -1,4 +1,4 @@
-"""The verbs evaluate and score."""
+"""The commands evaluate and score."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from ..base import tables
 from ..base.files import write_rows
 from ..base.terminal import Bar, say
-from .help import Verb, name_of, suggest
+from .help import Command, name_of, suggest
 from .options import (
     BatchSize,
     DecodingName,
@@ -46,21 +46,22 @@ EngineName = Annotated[
     typer.Option(
         "--engine",
         metavar="transformers|vllm|URL",
-        help="Engine; URL: a vLLM or llama.cpp server (docs/laptop.md). `make vllm` installs vllm.",
+        help="Inference engine; URL: a vLLM or llama.cpp server (docs/laptop.md). `make vllm` installs vllm.",
     ),
 ]
 ServersModel = Annotated[
-    str | None, typer.Option("--model", metavar="NAME", help="With --engine URL: the model name that the server uses.")
+    str | None,
+    typer.Option("--served-model", metavar="NAME", help="With --engine URL: the model name that the server uses."),
 ]
-verbs = typer.Typer(rich_markup_mode=None)
+commands = typer.Typer(rich_markup_mode=None)
 
 
-@verbs.command(
+@commands.command(
     "evaluate",
-    cls=Verb,
+    cls=Command,
     epilog="recipe evaluate latest --base\nrecipe evaluate latest --metric benchmark:mmlu",
 )
-def evaluate_verb(
+def evaluate_command(
     *,
     run: RunName,
     data: Data = None,
@@ -91,12 +92,12 @@ def evaluate_verb(
     refuse_together({"--adapter": adapter, "--base": base})
     request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, metric, decoding)
     request.force, request.engine, request.model = force, engine, model
-    refuse_without("--model", model, "--engine URL", request.server)
+    refuse_without("--served-model", model, "--engine URL", request.server)
     refuse_together({"--base": base, "--engine URL": request.server})
     if request.server:
         from ..evaluate import server
 
-        server.api_at(request.server)  # refuse a wrong address before anything is recorded
+        server.api_at(request.server)  # refuse a wrong URL before anything is recorded
     backend = backend_of(on)
     folder, evaluated = evaluation.evaluate_by_name(run, request, backend)
     of_base = None
@@ -121,8 +122,8 @@ def evaluate_verb(
     suggest("report", name_of(folder), json=json)
 
 
-@verbs.command("score", cls=Verb, epilog="recipe score predictions.jsonl --out scored.jsonl")
-def score_verb(
+@commands.command("score", cls=Command, epilog="recipe score predictions.jsonl --out scored.jsonl")
+def score_command(
     *,
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")],
     metric: Annotated[

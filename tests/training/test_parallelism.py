@@ -1,4 +1,4 @@
-"""Two real ranks on the CPU, through the command, under every engine: a tiny Llama in NF4 with LoRA.
+"""Two real ranks on the CPU, through the command, under every parallelism: a tiny Llama in NF4 with LoRA.
 
 Runs under all but ZeRO-1, and of FSDP on two nodes, are broken off, by a request to stop or by killing a rank, and
 resumed; losses and adapter of every run are compared with those of one process.
@@ -93,9 +93,9 @@ def losses(run: RunDir, kind: str) -> dict[int, float]:
     return {record["step"]: record[kind] for record in run.read_metrics() if kind in record}
 
 
-def engine(run: RunDir) -> str:
-    """The engine in the first record of a training."""
-    return str(next(record["engine"] for record in run.read_metrics() if "engine" in record))
+def parallelism(run: RunDir) -> str:
+    """The parallelism in the first record of a training."""
+    return str(next(record["parallelism"] for record in run.read_metrics() if "parallelism" in record))
 
 
 def test_every_engine_trains_like_one_process(alone, divided):
@@ -104,7 +104,7 @@ def test_every_engine_trains_like_one_process(alone, divided):
     assert record.state == "finished"
     assert record.rehearsal is True
     assert record.gpus_used == 2
-    assert engine(run) == ENGINES[profile]  # told by the objects that divide it, and checked as it began
+    assert parallelism(run) == ENGINES[profile]  # told by the objects that divide it, and checked as it began
     peaks = [record["peak_gib_by_rank"] for record in run.read_metrics() if "peak_gib_by_rank" in record]
     assert [len(of_ranks) for of_ranks in peaks] == [2] * len(peaks)
     assert record.summary.peak_memory == max(map(max, peaks))
@@ -159,7 +159,7 @@ def test_two_nodes_train_like_one_process(alone, place, tiny_profile, slurm):
     assert record.state == "finished", run.log.read_text()
     assert record.nodes == 2
     assert record.gpus_used == 1
-    assert engine(run) == "FSDP"
+    assert parallelism(run) == "FSDP"
     warned, last = record.launches
     assert "--nnodes=2" in warned.command and warned.exit_code == 0 and last.resumed_from
     assert (run.path / "node-1.log").is_file()

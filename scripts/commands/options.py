@@ -1,4 +1,4 @@
-"""Shared arguments and options of verbs: completion, values, and their conflicts."""
+"""Shared arguments and options of commands: completion, values, and their conflicts."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ def study_or_full_name(context: typer.Context, name: str) -> str:
 
 
 def full_names(context: typer.Context, names: list[str]) -> list[str]:
-    """Full names of several recipes; studies, patterns and unknown names stay, for the verb to report."""
+    """Full names of several recipes; studies, patterns and unknown names stay, for the command to report."""
     full = []
     for name in names:
         try:
@@ -96,13 +96,13 @@ def _runs_folder(context: typer.Context) -> Path:
 
 
 def complete_sweep_files(incomplete: str) -> list[str]:
-    """Complete shipped sweeps and YAML files."""
-    shipped = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
-    return _beginning(incomplete, [*shipped, *_yaml_files(incomplete)])
+    """Complete built-in sweeps and YAML files."""
+    built_in = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
+    return _beginning(incomplete, [*built_in, *_yaml_files(incomplete)])
 
 
 def complete_profiles(incomplete: str) -> list[str]:
-    """Complete shipped profiles and YAML files."""
+    """Complete built-in profiles and YAML files."""
     return _beginning(incomplete, [*_PROFILES, *_yaml_files(incomplete)])
 
 
@@ -189,7 +189,7 @@ SweepFile = Annotated[
     typer.Argument(
         metavar="[SWEEP]",
         autocompletion=complete_sweep_files,
-        help="YAML file in Axolotl's sweep format, or a shipped sweep.",
+        help="YAML file in Axolotl's sweep format, or a built-in sweep.",
     ),
 ]
 Profiles = Annotated[
@@ -198,7 +198,7 @@ Profiles = Annotated[
         "--profile",
         metavar="P",
         autocompletion=complete_profiles,
-        help=f"Merge in a YAML file, or a shipped profile: {', '.join(_PROFILES)}. Repeatable.",
+        help=f"Merge in a YAML file, or a built-in profile: {', '.join(_PROFILES)}. Repeatable.",
     ),
 ]
 Overrides = Annotated[
@@ -253,10 +253,10 @@ On = Annotated[
     ),
 ]
 RehearseAll = Annotated[bool, typer.Option("--rehearse", help="Try it on the CPU: small model, few rows, no network.")]
-FromStage = Annotated[
+Stage = Annotated[
     Literal["predictions", "adapter", "training"],
     typer.Option(
-        "--from",
+        "--stage",
         help="What to score: published predictions, published adapters, or adapters that you train.",
     ),
 ]

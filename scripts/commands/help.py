@@ -32,8 +32,8 @@ def _write_examples(epilog: str | None, formatter: click.HelpFormatter) -> None:
             formatter.write(f"  {line}\n")
 
 
-class Verb(TyperCommand):
-    """A verb; its epilog consists of examples, one per line."""
+class Command(TyperCommand):
+    """A command; its epilog consists of examples, one per line."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse arguments; only `plan` estimates for a GPU of another machine."""
@@ -57,11 +57,11 @@ class Verb(TyperCommand):
         _write_examples(self.epilog, formatter)
 
 
-class Verbs(TyperGroup):
-    """A group of verbs under headings; its epilog consists of examples, one per line."""
+class Commands(TyperGroup):
+    """A group of commands under headings; its epilog consists of examples, one per line."""
 
     def headings(self, ctx: click.Context) -> dict[str, list[str]]:
-        """Names of the verbs by heading."""
+        """Names of the commands by heading."""
         return {"Commands": self.list_commands(ctx)}
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -69,9 +69,9 @@ class Verbs(TyperGroup):
         for heading, names in self.headings(ctx).items():
             records = []
             for name in names:
-                verb = self.get_command(ctx, name)
-                assert verb
-                records.append((name.ljust(width), verb.get_short_help_str(limit=1000)))
+                command = self.get_command(ctx, name)
+                assert command
+                records.append((name.ljust(width), command.get_short_help_str(limit=1000)))
             _write_sections({heading: records}, formatter)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -83,7 +83,7 @@ def suggest(*words: str | Path, json: bool = False) -> None:
 
     Args:
         words: arguments of the next command.
-        json: True if the verb prints JSON; then nothing is suggested.
+        json: True if the command prints JSON; then nothing is suggested.
     """
     if not json and PART not in os.environ:
         where = [] if paths.runs() == Path("runs") else ["--runs", paths.runs()]

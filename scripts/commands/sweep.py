@@ -1,4 +1,4 @@
-"""The verb sweep."""
+"""The command sweep."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -6,7 +6,7 @@ import typer
 
 from ..base import paths
 from ..base.files import Row
-from .help import Verb, rehearse_option, suggest
+from .help import Command, rehearse_option, suggest
 from .options import (
     Force,
     Jobs,
@@ -41,16 +41,16 @@ Tried = Annotated[
         help="Values to try for KEY. Repeatable; then all combinations are tried.",
     ),
 ]
-verbs = typer.Typer(rich_markup_mode=None)
+commands = typer.Typer(rich_markup_mode=None)
 
 
-@verbs.command(
+@commands.command(
     "sweep",
-    cls=Verb,
+    cls=Command,
     epilog="recipe sweep code-llama-7b lora-tradeoffs --rehearse\nrecipe sweep llama-3.2-3b --set lora_r=16,32,64"
     "\nrecipe sweep haider2024 --set learning_rate=1e-4,2e-4,5e-4",
 )
-def sweep_verb(
+def sweep_command(
     *,
     name: NameOrStudy,
     file: SweepFile = None,
@@ -100,7 +100,7 @@ def sweep_verb(
 
 
 def _show_results(study: "Study | None", records: "list[Sweep]", results: "list[TaskResult]", json: bool) -> None:
-    """Print the steps, the members' scores and a study's best members; exit with the steps' code."""
+    """Print the steps, the trials' scores and a study's best trials; exit with the steps' code."""
     from ..results import sweep_results
 
     best = sweep_results.best_rows(study, records, paths.runs()) if study else []

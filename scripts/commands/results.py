@@ -1,4 +1,4 @@
-"""The verbs results, report and publish."""
+"""The commands results, report and publish."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,7 @@ from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.hub import importing_axolotl
 from ..base.terminal import Bar, say
-from .help import Verb, rehearse_option, suggest
+from .help import Command, rehearse_option, suggest
 from .options import (
     Force,
     Json,
@@ -24,15 +24,15 @@ from .options import (
     report_problems,
 )
 
-verbs = typer.Typer(rich_markup_mode=None)
+commands = typer.Typer(rich_markup_mode=None)
 
 
-@verbs.command(
+@commands.command(
     "results",
-    cls=Verb,
+    cls=Command,
     epilog="recipe results    # all runs\nrecipe results lora-tradeoffs\nrecipe results RUN_A RUN_B",
 )
-def results_verb(
+def results_command(
     *,
     names: Things,
     rehearse: RehearsalsOfStudy = False,
@@ -113,16 +113,16 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
     else:
         listing.show([thing], json)
         if backends.read(thing).state == "failed":
-            suggested = ["check", str(thing.config_file), "--data"]
+            suggested = ["check", str(thing.config_file), "--all-rows"]
     suggest(*suggested, *rehearse_option(rehearse), json=json)
 
 
-@verbs.command(
+@commands.command(
     "report",
-    cls=Verb,
+    cls=Command,
     epilog="recipe report latest\nrecipe report haider2024 --out study.html",
 )
-def report_verb(
+def report_command(
     *,
     names: Things,
     rehearse: RehearsalsOfStudy = False,
@@ -159,12 +159,12 @@ def report_verb(
     say(f"next: open {out} in a browser; it needs no network")
 
 
-@verbs.command(
+@commands.command(
     "publish",
-    cls=Verb,
+    cls=Command,
     epilog="recipe publish latest --push owner/name --private\nrecipe publish latest --gguf q4_k_m,q8_0",
 )
-def publish_verb(
+def publish_command(
     *,
     run: RunName,
     merge: Annotated[

@@ -1,4 +1,4 @@
-"""The verb reproduce."""
+"""The command reproduce."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -6,10 +6,9 @@ import typer
 
 from ..base import paths, tables
 from ..base.terminal import say
-from .help import Verb, rehearse_option, suggest
+from .help import Command, rehearse_option, suggest
 from .options import (
     Force,
-    FromStage,
     Jobs,
     Json,
     Metrics,
@@ -19,6 +18,7 @@ from .options import (
     Profiles,
     RehearseAll,
     Seeds,
+    Stage,
     StudyName,
     backend_of,
     complete_recipes,
@@ -40,18 +40,18 @@ OnlyRecipes = Annotated[
         help="Reproduce only this recipe, or a pattern such as 'llama-3*'. Repeatable.",
     ),
 ]
-verbs = typer.Typer(rich_markup_mode=None)
+commands = typer.Typer(rich_markup_mode=None)
 
 
-@verbs.command(
+@commands.command(
     "reproduce",
-    cls=Verb,
+    cls=Command,
     epilog="recipe reproduce haider2024 --rehearse\nrecipe reproduce haider2024 --dry-run --gpu T4",
 )
-def reproduce_verb(
+def reproduce_command(
     *,
     name: StudyName,
-    from_: FromStage = "training",
+    stage: Stage = "training",
     rehearse: RehearseAll = False,
     only: OnlyRecipes,
     seeds: Seeds = 1,
@@ -77,21 +77,21 @@ def reproduce_verb(
     study = find(name)
     request = Request(study.folder.name, profile, set_, rehearse, force=force)
     request.rehearse = is_rehearsal(request)
-    later_options: dict[str, object] = {}  # values of options that only stages after --from have
-    if from_ != "training":
+    later_options: dict[str, object] = {}  # values of options that only stages after --stage have
+    if stage != "training":
         later_options |= {f"--on {on}": on != "local", "--seeds": seeds > 1, "--dry-run": dry_run}
-    if from_ == "predictions":
+    if stage == "predictions":
         later_options |= {"--rehearse": request.rehearse, "--set": set_, "--profile": profile, "--jobs": jobs}
     for option, value in later_options.items():
-        refuse_without(option, value, f"a later stage than --from {from_}", False)
+        refuse_without(option, value, f"a later stage than --stage {stage}", False)
     evaluation = EvaluationRequest(metrics=metric)
     backend = backend_of(on, request.rehearse, jobs, submits=not dry_run)
-    if from_ == "predictions":
+    if stage == "predictions":
         _score_predictions(study, only, evaluation.scorer, json)
     elif dry_run:
         _show_outline(reproduce.outline(study, request, only, evaluation, backend, gpu, seeds), json)
     else:
-        if from_ == "adapter":
+        if stage == "adapter":
             results = reproduce.evaluate_adapters(study, request, only, evaluation, backend)
         else:
             results = reproduce.reproduce(study, request, only, evaluation, backend, seeds)

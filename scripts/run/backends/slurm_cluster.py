@@ -1,4 +1,4 @@
-"""A SLURM site: settings for jobs, SLURM commands, and job states in the queue."""
+"""A SLURM cluster: settings for jobs, SLURM commands, and job states in the queue."""
 
 import re
 import subprocess
@@ -40,8 +40,8 @@ _Line = Annotated[str, StringConstraints(pattern="^.*$")]
 _Options = dict[Annotated[str, AfterValidator(_allowed)], _Line]
 
 
-class Site(BaseModel):
-    """Settings of the jobs at a site.
+class Cluster(BaseModel):
+    """Settings of the jobs at a cluster.
 
     Attributes:
         gpu: GPU of the jobs, used for checks and plans.
@@ -65,7 +65,7 @@ def settings_file() -> Path:
     return paths.user_config() / "slurm.yaml"
 
 
-def site_settings(overrides: Sequence[str]) -> Site:
+def cluster_settings(overrides: Sequence[str]) -> Cluster:
     """Settings from the user's file, overridden by the options of --on.
 
     Raises:
@@ -73,15 +73,15 @@ def site_settings(overrides: Sequence[str]) -> Site:
     """
     file = settings_file()
     content = _read(file) if file.is_file() else {}
-    site = _site(content, str(file))
+    cluster = _cluster(content, str(file))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UserError(f"--on slurm,{text}: expected key=value, as in --on slurm,partition=gpu")
         step, dot, option = key.partition(".")
         content = merge(content, {step: {option: value}} if dot else {key: value})
-        site = _site(content, f"--on slurm,{text}")
-    return site
+        cluster = _cluster(content, f"--on slurm,{text}")
+    return cluster
 
 
 def _read(file: Path) -> Config:
@@ -92,18 +92,18 @@ def _read(file: Path) -> Config:
     return content
 
 
-def _site(content: Config, where: str) -> Site:
-    site: Config = {"options": {}, "of_step": {}}
+def _cluster(content: Config, where: str) -> Cluster:
+    cluster: Config = {"options": {}, "of_step": {}}
     for key, value in content.items():
         if key in ("gpu", "prefix", "setup"):
-            site[key] = value
+            cluster[key] = value
         else:
-            site["of_step" if key in STEPS else "options"][key] = value
+            cluster["of_step" if key in STEPS else "options"][key] = value
     for key, value in flatten(content):
         if is_secret(key, value):
             raise UserError(f"{where}: {key}: a secret, which would be stored in the job's script; export it instead")
     try:
-        return Site.model_validate(site)
+        return Cluster.model_validate(cluster)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{where}: {' '.join(map(str, first['loc']))}: {first['msg']}") from None

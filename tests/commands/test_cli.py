@@ -46,7 +46,7 @@ MISTAKES = [
     ("run twice.yaml", "twice.yaml:3: not valid YAML: the key lora_r occurs twice; delete one (column 1)"),
     (
         "run typo.yaml --rehearse",
-        "typo.yaml:67: error: weight_decai: unknown to Axolotl; did you mean weight_decay? [unknown-key:weight_decai]",
+        "typo.yaml:71: error: weight_decai: unknown to Axolotl; did you mean weight_decay? [unknown-key:weight_decai]",
     ),
     (
         f"run {NAME} --rehearse --set lora_rr=8",
@@ -111,10 +111,10 @@ MISTAKES = [
         "haider2024/as-released/llama-3-8b",
     ),
     ("reproduce haider2024 --jobs 3", "--jobs 3: each job needs its own GPU; 0 available on this machine"),
-    ("reproduce haider2024 --from adapter --seeds 2", "--seeds: works only with a later stage than --from adapter"),
+    ("reproduce haider2024 --stage adapter --seeds 2", "--seeds: works only with a later stage than --stage adapter"),
     (
-        "reproduce haider2024 --from predictions --set lora_r=2",
-        "--set: works only with a later stage than --from predictions",
+        "reproduce haider2024 --stage predictions --set lora_r=2",
+        "--set: works only with a later stage than --stage predictions",
     ),
     ("evaluate latest --adapter none --base", "--adapter and --base: give only one of them"),
     ("evaluate latest --model x", "--model: works only with --engine URL"),

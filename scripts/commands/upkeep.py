@@ -1,4 +1,4 @@
-"""The verbs doctor, render and study."""
+"""The commands doctor, render and study."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,23 +9,23 @@ import typer
 from ..base import paths, tables
 from ..base.errors import WorkFailed
 from ..base.terminal import Bar, say
-from .help import Verb, Verbs, suggest
+from .help import Command, Commands, suggest
 from .options import Force, Json, StudyName, refuse_together
 
 _STARTER_MODEL = "meta-llama/Llama-3.2-3B"
 
-study_verbs = typer.Typer(
-    cls=Verbs,
+study_commands = typer.Typer(
+    cls=Commands,
     help="Add a study of your own, and check it.",
     no_args_is_help=True,
     epilog="recipe study new mine\nrecipe study check mine",
 )
-verbs = typer.Typer(rich_markup_mode=None, suggest_commands=False)  # click suggests commands already
-verbs.add_typer(study_verbs, name="study")
+commands = typer.Typer(rich_markup_mode=None, suggest_commands=False)  # click suggests commands already
+commands.add_typer(study_commands, name="study")
 
 
-@verbs.command("render", cls=Verb, epilog="recipe render --check")
-def render_verb(
+@commands.command("render", cls=Command, epilog="recipe render --check")
+def render_command(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; print differences from the templates, and fail on any.")
     ] = False,
@@ -52,8 +52,10 @@ def render_verb(
         )
 
 
-@study_verbs.command("new", cls=Verb, epilog="recipe study new smith2026\nrecipe study new their-run --from README.md")
-def study_new_verb(
+@study_commands.command(
+    "new", cls=Command, epilog="recipe study new smith2026\nrecipe study new their-run --from README.md"
+)
+def study_new_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Study name, also used for its folders.")],
     model: Annotated[
         str | None,
@@ -86,8 +88,8 @@ def study_new_verb(
     suggest("study", "check", name)
 
 
-@study_verbs.command("check", cls=Verb, epilog="recipe study check haider2024")
-def study_check_verb(
+@study_commands.command("check", cls=Command, epilog="recipe study check haider2024")
+def study_check_command(
     *,
     name: StudyName,
     force: Force,
@@ -111,8 +113,8 @@ def study_check_verb(
     suggest("reproduce", study.folder.name, "--rehearse", json=json)
 
 
-@verbs.command("doctor", cls=Verb, epilog="recipe doctor\nrecipe doctor --json")
-def doctor_verb(json: Json = False) -> None:
+@commands.command("doctor", cls=Command, epilog="recipe doctor\nrecipe doctor --json")
+def doctor_command(json: Json = False) -> None:
     """Find problems with this environment, GPU and disk, and suggest remedies."""
     from ..check.environment import check_environment
 

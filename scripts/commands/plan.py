@@ -1,4 +1,4 @@
-"""The verb plan."""
+"""The command plan."""
 
 import shlex
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from ..base.hardware import GIB
 from ..base.paths import selected
 from ..base.terminal import Bar
 from ..config.merging import Override
-from .help import Verb, run_arguments, suggest
+from .help import Command, run_arguments, suggest
 from .options import Force, Json, Names, Overrides, Profiles, repeatable_option
 
 if TYPE_CHECKING:
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from ..plan.published_log import Compared, ComparedLog
     from ..plan.work import Work
 
-verbs = typer.Typer(rich_markup_mode=None)
+commands = typer.Typer(rich_markup_mode=None)
 
 
-@verbs.command(
+@commands.command(
     "plan",
-    cls=Verb,
+    cls=Command,
     epilog="recipe plan llama-3.2-3b --gpu 4090\nrecipe plan llama-3.2-3b --gpu 16GB",
 )
-def plan_verb(
+def plan_command(
     *,
     names: Names,
     profile: Profiles,
@@ -43,7 +43,9 @@ def plan_verb(
         ),
     ],
     gpu_count: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Number of GPUs to train on.")] = 1,
-    data: Annotated[bool, typer.Option("--data", help="Also tokenize all rows, to count their tokens.")] = False,
+    all_rows: Annotated[
+        bool, typer.Option("--all-rows", help="Also tokenize all rows, to count their tokens.")
+    ] = False,
     force: Force,
     json: Json = False,
 ) -> None:
@@ -60,7 +62,7 @@ def plan_verb(
         for done, request in enumerate(requests, 1):
             bar.begin(f"planning {request.name}")
             for target, memory in targets:
-                plans.append((request.name, plan.plan_request(request, target, memory, data, log)))
+                plans.append((request.name, plan.plan_request(request, target, memory, all_rows, log)))
             bar.update(done)
     if json:
         tables.print_json([{"recipe": name, **asdict(planned)} for name, planned in plans])
@@ -139,8 +141,8 @@ def _memory(planned: "Plan") -> Iterator[tuple[str, float]]:
     yield "CUDA context", memory.context
     yield "needed", memory.needed
     yield "paged optimizer state, not included", memory.paged
-    for engine, size in planned.per_gpu.items():
-        yield f"needed on each GPU with {engine}", size
+    for parallelism, size in planned.per_gpu.items():
+        yield f"needed on each GPU with {parallelism}", size
 
 
 def _fit_row(fit: "Fit") -> Row:
@@ -152,7 +154,7 @@ def _work(work: "Work") -> Iterator[tuple[str, str]]:
     if work.at_most:
         yield (
             "row lengths",
-            "unknown; tokens and hours assume full rows; if rows and tokenizer are local, --data measures lengths",
+            "unknown; tokens and hours assume full rows; if rows and tokenizer are local, --all-rows measures lengths",
         )
     rows = "unknown; only complete rows in local JSONL files are counted"
     if work.rows:

@@ -86,16 +86,16 @@ def test_a_study_of_one_recipe_stands_for_it_where_a_recipe_is_named(recipe, run
 
 
 def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_takes(recipe, tmp_path):
-    shipped = recipe.json("list")
-    assert {row["variant_of"] for row in shipped} == {None}
+    built_in = recipe.json("list")
+    assert {row["variant_of"] for row in built_in} == {None}
     recipe.ok("new", "wide", "--from", BASE, "--set", "lora_r=64")
     recipe.ok("new", "more/wider", "--from", "wide", "--set", "num_epochs=1")
     (tmp_path / "variants" / "broken.yaml").write_text("lora_r: [1\n")  # hides no other
     listed = recipe("list", "--json")
     rows = orjson.loads(listed.stdout)
-    assert rows[: len(shipped)] == shipped
+    assert rows[: len(built_in)] == built_in
     assert listed.stderr == "variants/broken.yaml:2: not valid YAML: did not find expected ',' or ']' (column 1)\n"
-    wider, wide = rows[len(shipped) :]
+    wider, wide = rows[len(built_in) :]
     assert wide["recipe"] == "wide"
     assert wide["variant_of"] == BASE
     assert wide["epochs"] == recipe_config(BASE)["num_epochs"]

@@ -9,7 +9,7 @@ from run_folders import a_run
 
 from qlora_recipes.base import paths
 from qlora_recipes.check import check
-from qlora_recipes.verbs.help import suggest_evaluation
+from qlora_recipes.commands.help import suggest_evaluation
 
 NAME = "haider2024/code-llama-7b"
 
@@ -36,7 +36,7 @@ def test_from_a_list_to_a_rehearsal_without_a_gpu_and_data(recipe):
 def test_from_prepared_data_to_a_plan(recipe, monkeypatch):
     monkeypatch.setattr(check, "tokenize", lambda *_: None)  # imports Axolotl
     checked = next_of(recipe, "data", "prepare", SAMPLE, "--study", "haider2024")
-    assert checked == ["check", "haider2024/llama-2-7b", "--data"]
+    assert checked == ["check", "haider2024/llama-2-7b", "--all-rows"]
     assert next_of(recipe, *checked) == ["plan", "haider2024/llama-2-7b"]
     assert next_of(recipe, "check", NAME, "--gpu", "T4") == ["plan", NAME, "--gpu", "T4"]
     assert "next:" not in recipe("check", NAME, "--json").stderr

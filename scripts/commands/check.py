@@ -1,4 +1,4 @@
-"""The verb check."""
+"""The command check."""
 
 import shlex
 from contextlib import suppress
@@ -10,7 +10,7 @@ from ..base import tables
 from ..base.errors import UserError
 from ..base.paths import selected
 from ..base.terminal import Bar, say
-from .help import Verb, run_arguments, suggest
+from .help import Command, run_arguments, suggest
 from .options import Force, Json, Names, Overrides, Profiles
 
 if TYPE_CHECKING:
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from ..config.compose import Request
     from ..config.gpus import Gpu
 
-verbs = typer.Typer(rich_markup_mode=None)
+commands = typer.Typer(rich_markup_mode=None)
 
 
-@verbs.command(
+@commands.command(
     "check",
-    cls=Verb,
-    epilog="recipe check code-llama-7b --gpu T4 --data\nrecipe check mine.yaml --show-tokens 2",
+    cls=Command,
+    epilog="recipe check code-llama-7b --gpu T4 --all-rows\nrecipe check mine.yaml --show-tokens 2",
 )
-def check_verb(
+def check_command(
     *,
     names: Names,
     profile: Profiles,
@@ -43,12 +43,12 @@ def check_verb(
     ] = None,
     data: Annotated[
         bool,
-        typer.Option("--data", help="Also read every row; tokenize it if the tokenizer is on disk."),
+        typer.Option("--all-rows", help="Also read every row; tokenize it if the tokenizer is on disk."),
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out Axolotl's own validation; it takes 3 s.")] = False,
     show_tokens: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Show N tokenized rows; mark the tokens that count in the loss."),
+        typer.Option(metavar="N", min=1, help="Show N tokenized rows; mark the tokens trained on."),
     ] = None,
     force: Force,
     json: Json = False,
@@ -135,7 +135,7 @@ def _skipped(data: bool, quick: bool) -> str:
     """Parts of the check that were left out."""
     text = ""
     if not data:
-        text += ", rows not read (--data)"
+        text += ", rows not read (--all-rows)"
     if quick:
         text += ", not validated by Axolotl (--quick)"
     return text
