@@ -17,7 +17,7 @@ def validated(cfg: yamlfiles.Config, gpu: str) -> dict[str, Any]:
 
     from qlora_recipes.training.validation import capabilities
 
-    return validate_config(DictDefault(cfg), *capabilities(gpus.find(gpu)))
+    return validate_config(DictDefault(cfg), *capabilities(gpus.find_gpu(gpu)))
 
 
 @pytest.mark.parametrize("name", paths.recipe_names())

@@ -65,7 +65,7 @@ def step_of(figure: dict[str, str]) -> Step:
     """The step that a figure is of, in the loop that comes nearest."""
     dtype = {"fp16": "float16", "bf16": "bfloat16"}[figure["dtype"]]
     trainer = figure["framework"] in _TRAINER
-    card = (8, 0) if figure["card"].endswith(" GB") else gpus.find(figure["card"]).capability
+    card = (8, 0) if figure["card"].endswith(" GB") else gpus.find_gpu(figure["card"]).capability
     projections = [f"{name}_proj" for name in figure["targets"].split()]
     return Step(
         model=json.dumps(architecture(figure["model"])),

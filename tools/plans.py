@@ -77,7 +77,7 @@ def published_hours() -> dict[str, Hours]:
 
 
 def planned_hours(name: str) -> Hours | None:
-    work = plan.plan_request(Request(name), gpus.find(GPU)).work
+    work = plan.plan_request(Request(name), gpus.find_gpu(GPU)).work
     if work is None or work.hours is None:
         return None
     return work.hours, "planned, at most" if work.at_most else "planned"
@@ -90,7 +90,7 @@ WORDS = {"learning_rates": "schedule", "steps": "steps", "trainable": "parameter
 def equal_to_log(planned: PlannedLog) -> str:
     """Words for the figures without a remark that equal the log; empty if none does."""
     words = []
-    for figure in planned.compared().figures:
+    for figure in planned.compare().figures:
         if figure.equal and figure.figure in WORDS.keys() - planned.log.remarks.keys():
             words.append(WORDS[figure.figure])
     return ", ".join(dict.fromkeys(words))

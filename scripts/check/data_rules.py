@@ -160,9 +160,10 @@ def _template_problems(case: Case, key: str, name: str, jinja: Any) -> Problems:
     if name == "jinja":
         if isinstance(jinja, str) and "{" not in models.read_template(jinja):
             yield "error", key, f"chat_template_jinja: {jinja[:80]} is neither a file nor a template", ""
-    elif name != "tokenizer_default" or case.model.chat_template:
         return
-    elif case.model.tokenizer_here:
+    if name != "tokenizer_default" or case.model.chat_template:  # Axolotl's own, or the model's
+        return
+    if case.model.tokenizer_here:
         yield "error", key, "the tokenizer of the base model has no chat template", remedy
     elif case.model.chat is False and not str(case["base_model"]).startswith("Qwen/"):
         yield "warning", key, "not a chat model: its tokenizer may lack a chat template", remedy

@@ -18,7 +18,7 @@ from ..config.substitution import uses_small_model
 from ..config.training_settings import TrainingSettings
 from ..training.losses import MASKED
 from ..training.row_types import row_type
-from ..training.tokens import Tokenizer, Tokens, end_ids, packed_sequences, padding, unknown_roles
+from ..training.tokens import Tokenizer, Tokens, count_packed, end_ids, padding, unknown_roles
 from .rows import Place, Wording, lines_of, readable
 
 _MOST_REFUSED = 20  # rows of a data set that Axolotl cannot tokenize; finding each takes ten calls or more
@@ -265,7 +265,7 @@ class _TokenizedSet:
         sizes = trained[: TrainingSettings.of(cfg).rows_left(len(trained))]
         if not sizes:
             return
-        sequences, per_batch = packed_sequences(cfg, sizes)
+        sequences, per_batch = count_packed(cfg, sizes)
         if sequences >= per_batch * gpus:
             return
         filled = f"{sequences} of the {per_batch * gpus} packed sequences of a micro batch per GPU"

@@ -58,7 +58,7 @@ def check_command(
     from ..config.compose import Request
     from ..config.finding import unknown_force
 
-    target = gpus.here() if gpu is None else gpus.find(gpu)
+    target = gpus.here() if gpu is None else gpus.find_gpu(gpu)
     requests = [Request(name, profile, set_, rehearse, force=force) for name in selected(names)]
     if show_tokens:
         _show_tokens(requests, show_tokens, json)

@@ -90,20 +90,20 @@ def suggest(*words: str | Path, json: bool = False) -> None:
         say(f"next: recipe {shlex.join(map(str, [*where, *words]))}")
 
 
-def name_of(folder: "RunDir") -> str:
+def name_of(run_dir: "RunDir") -> str:
     """Name of a run in a command: the folder's name, or its path if outside --runs."""
-    return folder.path.name if folder.path.is_relative_to(paths.runs()) else str(folder.path)
+    return run_dir.path.name if run_dir.path.is_relative_to(paths.runs()) else str(run_dir.path)
 
 
-def suggest_evaluation(folder: "RunDir", on: str) -> None:
+def suggest_evaluation(run_dir: "RunDir", on: str) -> None:
     """Suggest the next command after training: the run's evaluation, or a report if its rows have no answers."""
     from ..evaluate import evaluation_rows
 
-    run, cfg = folder.read(), folder.config
-    words = ["report", name_of(folder)]
+    run, cfg = run_dir.read(), run_dir.config
+    words = ["report", name_of(run_dir)]
     with suppress(UserError):
-        evaluation_rows.require_reference(folder, cfg, evaluation_rows.default_source(run, cfg))
-        words = ["evaluate", name_of(folder), *([] if on == "local" else ["--on", on])]
+        evaluation_rows.require_reference(run_dir, cfg, evaluation_rows.default_source(run, cfg))
+        words = ["evaluate", name_of(run_dir), *([] if on == "local" else ["--on", on])]
     suggest(*words)
 
 

@@ -355,7 +355,7 @@ def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None, submit
     return Slurm(rehearsal, jobs, options, submits)
 
 
-def end(
+def show_and_exit(
     results: "list[TaskResult]",
     json: bool,
     head: dict[str, Any],

@@ -19,7 +19,7 @@ from .options import Force, Json, Names, Overrides, Profiles, repeatable_option
 if TYPE_CHECKING:
     from ..config.gpus import Gpu
     from ..plan.plan import Fit, Plan, PlannedChange
-    from ..plan.published_log import Compared, ComparedLog
+    from ..plan.published_log import ComparedFigure, ComparedLog
     from ..plan.work import Work
 
 commands = typer.Typer(rich_markup_mode=None)
@@ -82,7 +82,7 @@ def _target(name: str) -> "tuple[Gpu | None, float | None]":
     size = gpus.SIZE.fullmatch(name)
     if size:
         return None, float(size[1])
-    return gpus.find(name), None
+    return gpus.find_gpu(name), None
 
 
 def _print_plan(planned: "Plan") -> None:
@@ -181,7 +181,7 @@ def _print_log(log: "ComparedLog") -> None:
     tables.print_table([_log_row(figure) for figure in log.figures], below=["remark"])
 
 
-def _log_row(figure: "Compared") -> Row:
+def _log_row(figure: "ComparedFigure") -> Row:
     """Row of a published figure beside the planned one."""
     row = {"figure": figure.figure, "planned": None, "published": f"{figure.published:,}"}
     if figure.planned is not None:

@@ -22,10 +22,10 @@ from .options import (
     StudyName,
     backend_of,
     complete_recipes,
-    end,
     refuse_without,
     repeatable_option,
     report_problems,
+    show_and_exit,
 )
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _show_results(study: "Study", rehearse: bool, results: "list[TaskResult]", j
 
     rows = verdict.rows(study, paths.runs(), rehearse, reproduce.representative_runs(results))
     records = [study_tables.record(row) for row in rows]
-    end(results, json, {}, records, lambda: study_tables.show_study(study, rows, rehearse, json))
+    show_and_exit(results, json, {}, records, lambda: study_tables.show_study(study, rows, rehearse, json))
 
 
 def _score_predictions(study: "Study", only: list[str], scorer: str | None, json: bool) -> None:

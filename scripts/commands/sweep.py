@@ -22,9 +22,9 @@ from .options import (
     SweepFile,
     backend_of,
     complete_keys,
-    end,
     refuse_without,
     repeatable_option,
+    show_and_exit,
 )
 
 if TYPE_CHECKING:
@@ -114,4 +114,4 @@ def _show_results(study: "Study | None", records: "list[Sweep]", results: "list[
         sweep_results.show_best(best)
 
     head = {"sweep": records[0].label, "tuned": [*map(sweep_results.best_record, best)]}
-    end(results, json, head, rows, show)
+    show_and_exit(results, json, head, rows, show)

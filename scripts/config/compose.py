@@ -200,7 +200,7 @@ class _Composition:
             self._adopt(_mirrored(self.config), Source("profile", MIRROR))
 
     def apply_profiles(self) -> None:
-        """Merge the other profiles."""
+        """Merge all profiles except the mirror, which comes first."""
         before = self.config
         for name, file in self.profiles:
             if name == MIRROR:

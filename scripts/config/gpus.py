@@ -55,7 +55,7 @@ def catalogue() -> dict[str, Gpu]:
     }
 
 
-def find(name: str, option: str = "--gpu") -> Gpu:
+def find_gpu(name: str, option: str = "--gpu") -> Gpu:
     """Find a GPU by name, part of a name, or compute capability.
 
     Args:

@@ -181,7 +181,7 @@ class _Preparation:
         """Write the files of a split and its subsets; return the manifest entry."""
         data = self.study.data
         split, raw = data.splits[name], self.read[name]
-        rows = _ordered(self._chosen(name), split.order)
+        rows = _ordered(self._rows_of_split(name), split.order)
         if split.subsets:
             rows = list(rows)
         written = self._write(name, rows)
@@ -196,7 +196,7 @@ class _Preparation:
             entry |= self._subsets(split.subsets, rows, bool(entry["is_the_study_file"]))
         return entry
 
-    def _chosen(self, name: str) -> Iterator[PlacedRow]:
+    def _rows_of_split(self, name: str) -> Iterator[PlacedRow]:
         """Rows of a split, without those moved to other splits.
 
         All rows are read, so that the counts are complete.

@@ -144,14 +144,14 @@ class EvaluationTask:
         UserError: the request is invalid, or adapter, rows or answers are missing; see also `trust.refuse_code`.
     """
 
-    def __init__(self, folder: RunDir, request: EvaluationRequest):
-        self.folder = folder
+    def __init__(self, run_dir: RunDir, request: EvaluationRequest):
+        self.folder = run_dir
         self.request = request
-        self.run = folder.read()
+        self.run = run_dir.read()
         if self.run.rehearsal:  # before anything imports torch
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        self.cfg = folder.config
-        trust.refuse_code(folder, self.run, request.force, request.adapter or str(folder.output.resolve()))
+        self.cfg = run_dir.config
+        trust.refuse_code(run_dir, self.run, request.force, request.adapter or str(run_dir.output.resolve()))
         substitution.restore(self.cfg)
         self.columns = columns_of(self.run.origin, request.metrics)
         self.adapter = self._adapter()
@@ -166,9 +166,9 @@ class EvaluationTask:
         has_default_rows = default is None or self.all_rows.data in (default.data, NO_ROWS.data)
         is_default = request.adapter is None and not request.decoding and not self.settings.file
         if has_default_rows and is_default:
-            self.where = folder.path
+            self.where = run_dir.path
         else:
-            self.where = self.settings.folder(folder.path)
+            self.where = self.settings.folder(run_dir.path)
 
     @cached_property
     def summary(self) -> Summary:
@@ -335,7 +335,7 @@ def reusable_evaluation(task: EvaluationTask) -> Evaluation | None:
     return former
 
 
-def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
+def evaluate(run_dir: RunDir, request: EvaluationRequest) -> Evaluation:
     """Generate and score a prediction for each test row.
 
     A call continues an interrupted evaluation, and does not repeat a complete one.
@@ -345,11 +345,11 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             `_make_room` and `predict`.
         WorkFailed: the scorer model cannot be loaded, or memory does not suffice.
     """
-    folder.refuse_links()
-    task = EvaluationTask(folder, request)
+    run_dir.refuse_links()
+    task = EvaluationTask(run_dir, request)
     summary = task.summary  # of this moment, if the run is in training
     if task.run.state != "finished":
-        say(f"{folder.path}: the run is {task.run.state} at step {summary.step} of {summary.max_steps}")
+        say(f"{run_dir.path}: the run is {task.run.state} at step {summary.step} of {summary.max_steps}")
     if task.run.recipe_note:
         say_once(task.run.recipe_note)  # also with --base
     task.where.mkdir(parents=True, exist_ok=True)

@@ -178,7 +178,7 @@ def _set_of(test: Row, digest: str) -> str | None:
     return next((name for name, entry in sets.items() if entry.get("sha256") == digest), None)
 
 
-def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> RowSource:
+def require_reference(run_dir: RunDir, cfg: Config, source: RowSource | None) -> RowSource:
     """Return the source if its rows have answers to compare predictions with.
 
     Raises:
@@ -190,19 +190,19 @@ def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> 
             key = f"{dataset.key}.type"
     if key:
         raise UserError(
-            f"{folder.path}: rows for {key} have no answers to compare predictions with; `recipe results` shows the "
+            f"{run_dir.path}: rows for {key} have no answers to compare predictions with; `recipe results` shows the "
             "eval loss if the recipe has test_datasets or val_set_size"
         )
     if source is None:
         raise UserError(
-            f"{folder.path}: no evaluation rows: its config has neither test_datasets nor val_set_size, and its "
+            f"{run_dir.path}: no evaluation rows: its config has neither test_datasets nor val_set_size, and its "
             f"training data has no test.jsonl beside it; {_ELSEWHERE}, and give the recipe test_datasets for the next "
             "run"
         )
     return source
 
 
-def read_source(source: RowSource, folder: RunDir, run: Run, cfg: Config, loads: bool = True) -> EvaluationRows:
+def read_source(source: RowSource, run_dir: RunDir, run: Run, cfg: Config, loads: bool = True) -> EvaluationRows:
     """Read the rows of a source.
 
     Local JSONL files are read directly. Axolotl loads the rows if val_set_size held them out, or if a data set is not
@@ -210,7 +210,7 @@ def read_source(source: RowSource, folder: RunDir, run: Run, cfg: Config, loads:
 
     Args:
         source: the source.
-        folder: folder of the run.
+        run_dir: folder of the run.
         run: the run.
         cfg: the run's config.
         loads: whether Axolotl may load rows, which can run code in their files.
@@ -233,7 +233,7 @@ def read_source(source: RowSource, folder: RunDir, run: Run, cfg: Config, loads:
         sha256_of_rows = states[0].sha256
         name = test_set(source.file, sha256_of_rows)
     else:
-        pairs, states = _read_datasets(source, folder, run, cfg, loads)
+        pairs, states = _read_datasets(source, run_dir, run, cfg, loads)
         sha256_of_rows = digest([(dataset.key, row) for dataset, row in pairs])
     if not pairs:
         raise UserError(f"{source.data}: no rows; {_ELSEWHERE}")
@@ -242,12 +242,12 @@ def read_source(source: RowSource, folder: RunDir, run: Run, cfg: Config, loads:
 
 
 def _read_datasets(
-    source: RowSource, folder: RunDir, run: Run, cfg: Config, loads: bool
+    source: RowSource, run_dir: RunDir, run: Run, cfg: Config, loads: bool
 ) -> tuple[list[tuple[DatasetRef, Row]], list[RowsState]]:
     """Rows of data sets, each with its data set, and the states of the files."""
     files = [file for dataset in source.datasets if (file := datafiles.jsonl(dataset.entry, Path(run.cwd)))]
     if source.held_out or len(files) < len(source.datasets):
-        rows_file = folder.path / KEPT
+        rows_file = run_dir.path / KEPT
         if loads and not rows_file.is_file():
             _load(source, rows_file, run, cfg)
         return _loaded_rows(source, rows_file), [RowsState.of_rows(rows_file, None)]

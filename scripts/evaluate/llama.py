@@ -67,7 +67,7 @@ class _Answer(BaseModel):
     logprobs: _LogProbabilities
 
 
-class _Response(BaseModel):
+class _LlamaAnswer(BaseModel):
     choices: list[_Answer] = Field(min_length=1)
 
 
@@ -177,7 +177,7 @@ class LlamaServer(Server):
         Raises:
             ValueError: a token with a text ended the answer, but ends none in training.
         """
-        answer = _Response.model_validate_json(content).choices[0]
+        answer = _LlamaAnswer.model_validate_json(content).choices[0]
         tokens = until_end([token.id for token in answer.logprobs.content], self.ends)
         text = self.tokenizer.decode(tokens[-1:], skip_special_tokens=True)
         if answer.finish_reason == "stop" and text and tokens[-1] not in self.ends:
@@ -321,7 +321,7 @@ class LlamaServer(Server):
         """
         body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "logit_bias": [[token, FORCING]]}
         body |= {"samplers": ["temperature"], "temperature": 0} | options
-        answer = (await _post(root, "v1/completions", _Response, **body)).choices[0]
+        answer = (await _post(root, "v1/completions", _LlamaAnswer, **body)).choices[0]
         if [entry.id for entry in answer.logprobs.content] != [token]:
             raise ValueError("the server does not force tokens by logit_bias; use a newer llama.cpp")
         self.require_vocabulary([entry.id for entry in answer.logprobs.content[0].top_logprobs])

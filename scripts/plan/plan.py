@@ -15,7 +15,7 @@ from ..config.training_settings import TrainingSettings
 from ..data import studies
 from . import steps, work
 from .allocator import Counts, Usage
-from .published_log import Compared, ComparedLog, PlannedLog
+from .published_log import ComparedFigure, ComparedLog, PlannedLog
 from .step_plan import (
     CONTEXT,
     USABLE,
@@ -157,12 +157,12 @@ def _log(composed: Composed, gpu: Gpu | None, training: Work) -> ComparedLog | N
     planned = study and PlannedLog.of(study, composed.origin, composed.config, gpu)
     if not planned:
         return None
-    compared = planned.compared()
+    compared = planned.compare()
     declared = work.published(composed)
     if declared and planned.log.is_of_recipe:
         tokens = training.tokens if training.tokens_are is TokenCount.COUNTED else None
         equal = tokens == declared.tokens
-        compared.figures.append(Compared("tokens", tokens, declared.tokens, equal, "counted with --all-rows"))
+        compared.figures.append(ComparedFigure("tokens", tokens, declared.tokens, equal, "counted with --all-rows"))
     return compared if compared.figures else None
 
 

@@ -25,7 +25,7 @@ _OWN_SCHEDULES = ("cosine_min_lr_ratio", "lr_quadratic_warmup", "jagged_restart_
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedFigure:
     """Published figure beside the planned one.
 
     Attributes:
@@ -52,7 +52,7 @@ class ComparedLog:
 
     source: str
     inputs: Config
-    figures: list[Compared]
+    figures: list[ComparedFigure]
 
 
 @dataclass
@@ -101,8 +101,8 @@ class PlannedLog:
             points = read_points(study.folder / log.learning_rates, "learning_rate")
         return cls(log, config, step_plan, steps, points)
 
-    def compared(self) -> ComparedLog:
-        """The log beside the plan.
+    def compare(self) -> ComparedLog:
+        """Compare the log with the plan, figure by figure.
 
         Raises:
             UserError: the step cannot be traced, or transformers refuses the schedule.
@@ -111,22 +111,22 @@ class PlannedLog:
         inputs = {"rows": log.rows, **log.settings, "skipped_steps": len(log.skipped_steps)}
         with importing_axolotl():
             figures = [*self._rates()]
-            figures += self._compared("steps", self.steps)
-            figures += self._compared("trainable", memory.total("trainable"))
+            figures += self._compared_figure("steps", self.steps)
+            figures += self._compared_figure("trainable", memory.total("trainable"))
             if log.adapter_bytes and self.step_plan.step.adapter:
                 from .fake_step import adapter_bytes
 
-                figures += self._compared("adapter_bytes", adapter_bytes(self.step_plan.step))
-        figures += self._compared("reserved_bytes", memory.usage.reserved)
+                figures += self._compared_figure("adapter_bytes", adapter_bytes(self.step_plan.step))
+        figures += self._compared_figure("reserved_bytes", memory.usage.reserved)
         return ComparedLog(log.source, {key: value for key, value in inputs.items() if value}, figures)
 
-    def _compared(self, figure: Figure, planned: int | None) -> Iterator[Compared]:
+    def _compared_figure(self, figure: Figure, planned: int | None) -> Iterator[ComparedFigure]:
         """Planned figure beside that of the log, if the log has it."""
         published = getattr(self.log, figure)
         if published is not None:
-            yield Compared(figure, planned, published, planned == published, self.log.remarks.get(figure, ""))
+            yield ComparedFigure(figure, planned, published, planned == published, self.log.remarks.get(figure, ""))
 
-    def _rates(self) -> Iterator[Compared]:
+    def _rates(self) -> Iterator[ComparedFigure]:
         """Learning rates of a schedule with the log's number of steps, and of one with the planned number.
 
         Each is a row with the planned and the published rate after the step where the two differ most.
@@ -144,7 +144,7 @@ class PlannedLog:
             step, published = max(self.points, key=lambda point: abs(planned[point[0]] - point[1]))
             equal = abs(planned[step] - published) <= TOLERANCE
             remark = f"of {len(self.points)} rates, that which differs most, after step {step:,} of {steps:,}"
-            yield Compared("learning_rates", planned[step], published, equal, remark)
+            yield ComparedFigure("learning_rates", planned[step], published, equal, remark)
 
 
 Rate = Callable[[int], float]

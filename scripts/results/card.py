@@ -328,10 +328,10 @@ def _arguments(decoding: studies.Decoding) -> str:
     return ", ".join(f"{name}={getattr(decoding, name)!r}" for name in names)
 
 
-def base_model(folder: RunDir, run: Run) -> Base:
+def base_model(run_dir: RunDir, run: Run) -> Base:
     """Base model of a run's adapter."""
-    recorded = read_json(folder.output / "adapter_config.json").get("base_model_name_or_path")
-    name = str(recorded or folder.config.get("base_model"))
+    recorded = read_json(run_dir.output / "adapter_config.json").get("base_model_name_or_path")
+    name = str(recorded or run_dir.config.get("base_model"))
     return Base(name, is_local=Path(name).is_absolute() or Path(run.cwd, name).is_dir())
 
 

@@ -240,14 +240,14 @@ def _divergence(a: RunDir, b: RunDir) -> Divergence | None:
     return Divergence(steps[0], steps[-1], None, None, differences)
 
 
-def _losses(folder: RunDir) -> dict[int, float | None]:
+def _losses(run_dir: RunDir) -> dict[int, float | None]:
     """Recorded training losses of a run, by step."""
-    return {record["step"]: record["loss"] for record in folder.read_metrics() if "loss" in record}
+    return {record["step"]: record["loss"] for record in run_dir.read_metrics() if "loss" in record}
 
 
-def _settings(folder: RunDir, run: Run) -> Config:
+def _settings(run_dir: RunDir, run: Run) -> Config:
     """Settings, data, versions and machine of a run."""
-    settings = trained_settings(folder.config)
+    settings = trained_settings(run_dir.config)
     settings |= merging.flatten(run.provenance, "provenance")
     for file in [*run.data, *run.named_files]:
         settings[f"content of {file.path}"] = f"sha256 {file.sha256[:12]}"

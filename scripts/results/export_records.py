@@ -28,22 +28,22 @@ from .run_result import RunResult, other_training
 from .score_records import Package, Record, Score
 
 
-def export_run(folder: RunDir) -> Path:
+def export_run(run_dir: RunDir) -> Path:
     """Write the record of a run to the current folder.
 
     Raises:
         UserError: the run cannot be recorded, or a value for the record is missing or invalid.
     """
-    result = RunResult(folder, backends.read(folder))
+    result = RunResult(run_dir, backends.read(run_dir))
     reason = _refusal(result)
     if reason:
-        raise UserError(f"not exported: {reason}", file=folder.path)
+        raise UserError(f"not exported: {reason}", file=run_dir.path)
     try:
         record = record_of_run(result)
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, mistake["loc"])) for mistake in error.errors())
         problem = f"not exported: the run's record of {fields} is missing or invalid"
-        raise UserError(problem, file=folder.path) from None
+        raise UserError(problem, file=run_dir.path) from None
     return _written(record, paths.study_name(result.run.origin))
 
 

@@ -36,7 +36,7 @@ _PUSHED_MERGED = [CARD, "model*.safetensors*", "config.json", "generation_config
 
 
 def publish(
-    folder: RunDir,
+    run_dir: RunDir,
     merge: bool = False,
     tools: "GgufTools | None" = None,
     push: str | None = None,
@@ -46,7 +46,7 @@ def publish(
     """Write a model card for a finished run; optionally merge, export to GGUF and push.
 
     Args:
-        folder: run folder.
+        run_dir: run folder.
         merge: True to merge base model and adapter into output/merged; a push then uploads the merged model.
         tools: types of GGUF files to export the merged model to; None for no export.
         push: repository on the hub, as owner/name.
@@ -61,23 +61,23 @@ def publish(
             space is missing, or the hub refuses the token.
         WorkFailed: Axolotl cannot merge or export, or the hub cannot be reached or fails.
     """
-    folder.refuse_links()
-    run = backends.read(folder)
-    _refuse_run(folder, run)
+    run_dir.refuse_links()
+    run = backends.read(run_dir)
+    _refuse_run(run_dir, run)
     if push is not None:
-        _refuse_push(folder, run, push)
-    result = RunResult(folder, run)
+        _refuse_push(run_dir, run, push)
+    result = RunResult(run_dir, run)
     _report_evaluation(result)
-    models = [folder.output]
+    models = [run_dir.output]
     if tools:
         gguf.require_space(result, tools)
     if merge or tools:
-        trust.refuse_code(folder, run, force, str(folder.output.resolve()))
+        trust.refuse_code(run_dir, run, force, str(run_dir.output.resolve()))
         models.append(_merge(result))
     for model in models:
         repository = push if model == models[-1] else None
         with Bar(f"writing {model / CARD}"):
-            write_atomically(model / CARD, card(result, model != folder.output, repository))
+            write_atomically(model / CARD, card(result, model != run_dir.output, repository))
     cards = [str(model / CARD) for model in models]
     if tools:
         return [*cards, *map(str, _export(result, tools))]
@@ -86,15 +86,15 @@ def publish(
     return [*cards, _push(models[-1], push, private, run.recipe)]
 
 
-def _refuse_run(folder: RunDir, run: Run) -> None:
+def _refuse_run(run_dir: RunDir, run: Run) -> None:
     """Raise UserError if the run has no adapter to publish."""
-    adapter = folder.output / ADAPTER
+    adapter = run_dir.output / ADAPTER
     if run.state != "finished":
-        remedy = f"wait until it ends, or run `recipe resume {folder.quoted}`"
-        raise UserError(f"the run is {run.state}", file=folder.path, remedy=remedy)
+        remedy = f"wait until it ends, or run `recipe resume {run_dir.quoted}`"
+        raise UserError(f"the run is {run.state}", file=run_dir.path, remedy=remedy)
     if run.published_adapter:
         problem = f"the adapter {run.published_adapter} was not trained here"
-        raise UserError(problem, file=folder.path, remedy="publish another run")
+        raise UserError(problem, file=run_dir.path, remedy="publish another run")
     if tensor_shapes(adapter) is None:
         remedy = f"restore a copy, or train again: `recipe run {run.recipe}`"
         raise UserError("damaged or missing", file=adapter, remedy=remedy)
@@ -119,7 +119,7 @@ def _merge(result: RunResult) -> Path:
     folder = result.folder
     merged = folder.output / "merged"
 
-    def make(part: Path) -> None:  # not the output folder, where Axolotl would replace the training log
+    def merge_into(part: Path) -> None:  # not the output folder, where Axolotl would replace the training log
         words = ["merge-lora", "--lora-model-dir", folder.output.resolve(), "--output-dir", part.resolve()]
         _convert(folder, result.run, words, part / "merged" / "*.safetensors", {})
         for file in (part / "merged").iterdir():
@@ -133,10 +133,10 @@ def _merge(result: RunResult) -> Path:
             problem = f"Axolotl's merge loses the trained {', '.join(lost)}"
             raise UserError(problem, file=folder.config_file, remedy="publish the adapter, without --merge and --gguf")
 
-    return _made(merged, sha256(folder.output / ADAPTER), [], make)
+    return _write_once(merged, sha256(folder.output / ADAPTER), [], merge_into)
 
 
-def _made(folder: Path, source: str, names: Sequence[str], make: Callable[[Path], object]) -> Path:
+def _write_once(folder: Path, source: str, names: Sequence[str], write: Callable[[Path], object]) -> Path:
     """Folder of a model's files; made again unless it already holds those of this source.
 
     Args:
@@ -150,14 +150,14 @@ def _made(folder: Path, source: str, names: Sequence[str], make: Callable[[Path]
         say(f"{folder}: already made")
         return folder
 
-    def make_and_mark(part: Path) -> None:
+    def write_and_mark(part: Path) -> None:
         part.mkdir()
         with Bar(f"making {folder}"):
-            make(part)
+            write(part)
         (part / MADE_FROM).write_text(source)
 
     shutil.rmtree(folder, ignore_errors=True)  # made from another adapter
-    return make_once(folder, make_and_mark)
+    return make_once(folder, write_and_mark)
 
 
 def _export(result: RunResult, tools: "GgufTools") -> list[Path]:
@@ -171,25 +171,25 @@ def _export(result: RunResult, tools: "GgufTools") -> list[Path]:
     pattern = f"{name}-{{ftype}}.gguf"
     names = [pattern.format(ftype=name) for name in (*tools.types, "f16")]
 
-    def make(part: Path) -> None:
+    def export_into(part: Path) -> None:
         words = ["export", "--model-dir", (folder.output / "merged").resolve(), "--llama-cpp-dir", tools.llama_cpp]
         words += ["--outfile", part.resolve() / pattern, "--outtype", "f16", "--quantize", types]
         # the converter's package, which Python does not look for beside it: see start_child
         _convert(folder, result.run, words, part / names[0], {"PYTHONPATH": str(tools.llama_cpp)})
         write_atomically(part / SUMS, "".join(f"{sha256(part / name)}  {name}\n" for name in names))
 
-    gguf_folder = _made(folder.output / "gguf", f"{sha256(folder.output / ADAPTER)} {types}", names, make)
+    gguf_folder = _write_once(folder.output / "gguf", f"{sha256(folder.output / ADAPTER)} {types}", names, export_into)
     files = [gguf_folder / name for name in names]
     for file in files:
         say(f"{file}: {file.stat().st_size / 1e9:.2f} GB; its hash is in {SUMS}")
     return [*files, *gguf.write_modelfile(result, files[0], files[-1])]
 
 
-def _convert(folder: RunDir, record: Run, words: Sequence[object], output: Path, environment: dict[str, str]) -> None:
+def _convert(run_dir: RunDir, record: Run, words: Sequence[object], output: Path, environment: dict[str, str]) -> None:
     """Convert a trained model with a command of Axolotl; a rehearsal has no GPU and no network.
 
     Args:
-        folder: the run folder; it gets the log, such as merge.log for merge-lora.
+        run_dir: the run folder; it gets the log, such as merge.log for merge-lora.
         record: content of run.json.
         words: the command and its options.
         output: pattern of the files that the command must write.
@@ -198,11 +198,11 @@ def _convert(folder: RunDir, record: Run, words: Sequence[object], output: Path,
     Raises:
         WorkFailed: Axolotl failed; the message has the end of its output.
     """
-    substitution.restore(folder.config)
+    substitution.restore(run_dir.config)
     command, *options = words
     name = str(command).partition("-")[0]
-    axolotl = [launch.AXOLOTL, command, folder.config_file.resolve(), *options]
-    log = folder.path / f"{name}.log"
+    axolotl = [launch.AXOLOTL, command, run_dir.config_file.resolve(), *options]
+    log = run_dir.path / f"{name}.log"
     environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", **environment}
     if record.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -212,17 +212,17 @@ def _convert(folder: RunDir, record: Run, words: Sequence[object], output: Path,
         code = child.wait()
     if code or not any(output.parent.glob(output.name)):
         tail = log.read_text(errors="replace").splitlines()[-15:]
-        raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not {name}; complete log: {log}"]))
+        raise WorkFailed("\n".join([*tail, f"{run_dir.path}: Axolotl could not {name}; complete log: {log}"]))
 
 
-def _refuse_push(folder: RunDir, run: Run, repository: str) -> None:
+def _refuse_push(run_dir: RunDir, run: Run, repository: str) -> None:
     """Raise UserError if the repository's name is invalid or others cannot use the model."""
     if not hub.NAME.fullmatch(repository):
         raise UserError("expected OWNER/NAME, of letters, digits, -, _ and .", key=f"--push {repository}")
     if run.rehearsal:
-        problem = f"{folder.path} is a rehearsal with a small model"
+        problem = f"{run_dir.path} is a rehearsal with a small model"
         raise UserError(problem, key="--push", remedy="push a real run")
-    base = base_model(folder, run)
+    base = base_model(run_dir, run)
     if base.is_local:
         problem = f"the base model {base.name} is a local folder, which others cannot load"
         raise UserError(problem, key="--push", remedy="train with base_model set to its name on the hub")

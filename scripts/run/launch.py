@@ -48,11 +48,11 @@ def _require_cwd(record: Run) -> None:
         raise UserError(f"{record.cwd}: {problem}")
 
 
-def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
+def train(run_dir: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
     """Run the training process of a locked run, and record how it ended.
 
     Args:
-        folder: the run folder.
+        run_dir: the run folder.
         record: content of run.json.
         lock: file descriptor of the run's lock; the training process inherits it.
         checkpoint: checkpoint to resume from; None to start from the beginning.
@@ -64,36 +64,36 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     """
     _require_cwd(record)
     _record_machine(record)
-    _drop_half_prepared(folder, record)
-    launch = Launch(command=_axolotl_command(folder, record, checkpoint), started=now())
+    _drop_half_prepared(run_dir, record)
+    launch = Launch(command=_axolotl_command(run_dir, record, checkpoint), started=now())
     if checkpoint:
         launch.resumed_from = checkpoint.name
-    written, logged = _size(folder.metrics), _size(folder.log)
-    with reserved(folder.path):
+    written, logged = _size(run_dir.metrics), _size(run_dir.log)
+    with reserved(run_dir.path):
         record.launches.append(launch)
         record.state = "running"
-        folder.write(record)
-        launch.exit_code, stopped = _launch(launch.command, folder, record, folder.log, lock)
-        log = LaunchLog(folder.log, logged)
+        run_dir.write(record)
+        launch.exit_code, stopped = _launch(launch.command, run_dir, record, run_dir.log, lock)
+        log = LaunchLog(run_dir.log, logged)
         if launch.exit_code not in (0, *_KILLED):
             launch.out_of_memory = log.out_of_gpu_memory or log.lost_rank
             if not launch.out_of_memory:
-                launch.full_disk = _full_disk(folder, log)
+                launch.full_disk = _full_disk(run_dir, log)
     launch.ended = now()
-    record.summary = summarise(folder.read_metrics())
-    record.summary.ended = summarise(folder.read_metrics(since=written)).ended  # ignores earlier launches
-    adapter = folder.output / "adapter_model.safetensors"
+    record.summary = summarise(run_dir.read_metrics())
+    record.summary.ended = summarise(run_dir.read_metrics(since=written)).ended  # ignores earlier launches
+    adapter = run_dir.output / "adapter_model.safetensors"
     record.adapter = FileState.of(adapter) if adapter.is_file() else None
     record.state = _state(launch.exit_code, stopped, record.summary.ended, record.adapter is not None)
     if record.state == "finished":
-        folder.write(record)
+        run_dir.write(record)
         return
-    if reason := _reason(folder, record, launch.exit_code, stopped):
-        error = WorkFailed(f"{folder.path}: {reason}")
+    if reason := _reason(run_dir, record, launch.exit_code, stopped):
+        error = WorkFailed(f"{run_dir.path}: {reason}")
     else:
-        error = _failed(folder, log, launch.exit_code)
+        error = _failed(run_dir, log, launch.exit_code)
     launch.error = "\n".join(str(error).splitlines()[-3:])
-    folder.write(record)
+    run_dir.write(record)
     raise error
 
 
@@ -120,7 +120,7 @@ def _versions(provenance: Provenance) -> Config:
     return {key: provenance.get(key) for key in ("packages", "cuda", "gpus")}
 
 
-def _reason(folder: RunDir, record: Run, code: int, stopped: bool) -> str | None:
+def _reason(run_dir: RunDir, record: Run, code: int, stopped: bool) -> str | None:
     """Reason for the end of an unfinished run's last launch, and what to do; None if Axolotl failed.
 
     Args:
@@ -128,7 +128,7 @@ def _reason(folder: RunDir, record: Run, code: int, stopped: bool) -> str | None
         stopped: whether `recipe` received a request to stop.
     """
     launch = record.launches[-1]
-    resume = f"`recipe resume {folder.quoted}{' --on slurm' if this_job() else ''}` continues it"
+    resume = f"`recipe resume {run_dir.quoted}{' --on slurm' if this_job() else ''}` continues it"
     if launch.full_disk:
         return f"{record.state}, no space left in {launch.full_disk}; free some space, then {resume}"
     if record.state == "interrupted":
@@ -137,10 +137,10 @@ def _reason(folder: RunDir, record: Run, code: int, stopped: bool) -> str | None
         return f"interrupted{_signal(code)}; {resume}"
     if record.summary.ended == "callback":
         step = f"step {record.summary.step} of {record.summary.max_steps}"
-        return f"a callback stopped the training at {step}; see {folder.log} for the reason"
+        return f"a callback stopped the training at {step}; see {run_dir.log} for the reason"
     if record.summary.ended == "first loss":
         problem = "stopped: the base model is damaged, or its precision, quantization or tokenizer is wrong"
-        remedy = f"correct it; `recipe resume {folder.quoted} --force {FIRST_LOSS}` accepts the loss"
+        remedy = f"correct it; `recipe resume {run_dir.quoted} --force {FIRST_LOSS}` accepts the loss"
         return f"{problem}; {remedy}"
     if record.summary.ended == "no batch":
         return "no step was trained, because the rows do not fill a batch; add rows or lower micro_batch_size"
@@ -176,21 +176,21 @@ def _state(code: int, stopped: bool, ended: Ended | None, has_adapter: bool) -> 
     return "interrupted" if stopped or ended == "signal" else "failed"
 
 
-def follow(folder: RunDir) -> None:
+def follow(run_dir: RunDir) -> None:
     """Run this node's ranks of a run that another node has locked.
 
     Raises:
         WorkFailed: the ranks failed without a request to stop.
     """
-    record = folder.read()
-    log = folder.path / f"node-{os.environ['SLURM_NODEID']}.log"
-    command = _axolotl_command(folder, record, folder.last_checkpoint())
-    code, stopped = _launch(command, folder, record, log)
+    record = run_dir.read()
+    log = run_dir.path / f"node-{os.environ['SLURM_NODEID']}.log"
+    command = _axolotl_command(run_dir, record, run_dir.last_checkpoint())
+    code, stopped = _launch(command, run_dir, record, log)
     if code and not stopped:
-        raise _failed(folder, LaunchLog(log), code)
+        raise _failed(run_dir, LaunchLog(log), code)
 
 
-def preprocess(folder: RunDir, record: Run) -> None:
+def preprocess(run_dir: RunDir, record: Run) -> None:
     """Tokenize the rows of a run and fetch its base model, without a GPU.
 
     Raises:
@@ -198,16 +198,18 @@ def preprocess(folder: RunDir, record: Run) -> None:
         WorkFailed: Axolotl failed, or was interrupted.
     """
     _require_cwd(record)
-    _drop_half_prepared(folder, record)
-    code, stopped = _launch([str(AXOLOTL), "preprocess", str(folder.config_file.resolve())], folder, record, folder.log)
+    _drop_half_prepared(run_dir, record)
+    code, stopped = _launch(
+        [str(AXOLOTL), "preprocess", str(run_dir.config_file.resolve())], run_dir, record, run_dir.log
+    )
     if stopped:
-        raise WorkFailed(f"{folder.path}: interrupted")
+        raise WorkFailed(f"{run_dir.path}: interrupted")
     if code:
-        raise _failed(folder, LaunchLog(folder.log), code)
+        raise _failed(run_dir, LaunchLog(run_dir.log), code)
 
 
-def _axolotl_command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
-    command = [str(AXOLOTL), "train", str(folder.config_file.resolve())]
+def _axolotl_command(run_dir: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
+    command = [str(AXOLOTL), "train", str(run_dir.config_file.resolve())]
     if checkpoint:
         command += ["--resume-from-checkpoint", str(checkpoint.resolve())]
     if record.ranks == 1:
@@ -223,13 +225,13 @@ def _axolotl_command(folder: RunDir, record: Run, checkpoint: Path | None) -> li
     return [*command, "--launcher", "torchrun", "--", *torchrun]
 
 
-def _environment(folder: RunDir, record: Run) -> dict[str, str]:
+def _environment(run_dir: RunDir, record: Run) -> dict[str, str]:
     """Environment of the training process; a rehearsal has no GPU and no network.
 
     Trackers write into the run folder, except trackio, which compares runs and therefore writes next to their folders.
     Axolotl has no config keys for the folders of trackers.
     """
-    path = folder.path.absolute()
+    path = run_dir.path.absolute()
     trackers = {
         "TENSORBOARD_LOGGING_DIR": str(path / "tensorboard"),
         "TRACKIO_DIR": str(RunDir(path).runs(record.recipe) / "trackio"),
@@ -260,19 +262,19 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
             added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(threads)}
     elif record.ranks == 1:  # transformers would use all visible GPUs
         added["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    if folder.config.get("full_determinism"):
+    if run_dir.config.get("full_determinism"):
         added["PYTHONHASHSEED"] = "0"  # for code that iterates over sets of texts
     return trackers | os.environ | added
 
 
-def _drop_half_prepared(folder: RunDir, record: Run) -> None:
+def _drop_half_prepared(run_dir: RunDir, record: Run) -> None:
     """Remove half-written prepared rows; Axolotl would treat them as complete.
 
     The config may name another user's folder, so only rows in the cache or the run folder are removed. The datasets
     library writes dataset_info.json last. Axolotl holds a lock while writing (axolotl/utils/data/lock.py).
     """
-    prepared = Path(record.cwd, folder.prepared).resolve()
-    if not (prepared.is_dir() and any(map(prepared.is_relative_to, (paths.cache().resolve(), folder.path.resolve())))):
+    prepared = Path(record.cwd, run_dir.prepared).resolve()
+    if not (prepared.is_dir() and any(map(prepared.is_relative_to, (paths.cache().resolve(), run_dir.path.resolve())))):
         return
     with suppress(Timeout), FileLock(prepared / "datasets_prep.lock", timeout=0):
         for part in {shard.parent for shard in prepared.glob("*/data-*.arrow")}:
@@ -313,25 +315,25 @@ class LaunchLog:
         return re.search(r"exitcode\s*: -9\b", self._text) is not None
 
 
-def _full_disk(folder: RunDir, log: LaunchLog) -> str | None:
+def _full_disk(run_dir: RunDir, log: LaunchLog) -> str | None:
     """File or folder without space that ended a launch, or None."""
-    full = where_full("\n".join(log.tail), [folder.path, paths.cache(), Path(tempfile.gettempdir())])
+    full = where_full("\n".join(log.tail), [run_dir.path, paths.cache(), Path(tempfile.gettempdir())])
     return str(full) if full else None
 
 
-def _failed(folder: RunDir, log: LaunchLog, code: int) -> WorkFailed:
+def _failed(run_dir: RunDir, log: LaunchLog, code: int) -> WorkFailed:
     """Error for a failed launch, with the last lines of its log."""
     if log.out_of_gpu_memory:
-        changes = f"`recipe plan {folder.quoted}/config.yaml` shows what needs memory, and which changes help"
+        changes = f"`recipe plan {run_dir.quoted}/config.yaml` shows what needs memory, and which changes help"
         problem = f"out of GPU memory: {changes}; `nvidia-smi` lists other processes on the GPU"
     elif log.lost_rank:
         problem = f"a rank was killed by signal 9 (SIGKILL); memory probably ran out: {_LESS_MEMORY}"
     else:
         problem = f"Axolotl failed{_signal(code)}"
-    return WorkFailed("\n".join([*log.tail, f"{folder.path}: {problem}; the full log is {log.file}"]))
+    return WorkFailed("\n".join([*log.tail, f"{run_dir.path}: {problem}; the full log is {log.file}"]))
 
 
-def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: int) -> tuple[int, bool]:
+def _launch(command: list[str], run_dir: RunDir, record: Run, log: Path, *locks: int) -> tuple[int, bool]:
     """Run an Axolotl process; return its exit code, and whether a stop was requested.
 
     Args:
@@ -344,16 +346,16 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
 
         def report_loss(record: Row) -> None:
             if "loss" in record and record["loss"] is None:
-                say_once(f"  the loss is NaN; `recipe cancel {folder.quoted}` stops the run at a checkpoint")
+                say_once(f"  the loss is NaN; `recipe cancel {run_dir.quoted}` stops the run at a checkpoint")
             if high := record.get("high_first_loss"):
                 loss = f"the first training loss is {high['loss']:.4g} over {high['tokens']:,} tokens"
                 say_once(f"  {loss}, but guessing gives {high['guessing']:.4g} [{FIRST_LOSS}]")
 
-        progress = TrainingProgress(folder.metrics, report_loss)  # created before the process writes metrics
+        progress = TrainingProgress(run_dir.metrics, report_loss)  # created before the process writes metrics
         child = start_child(
             command,
             cwd=record.cwd,
-            env=_environment(folder, record),
+            env=_environment(run_dir, record),
             stdout=stream,
             stderr=subprocess.STDOUT,
             pass_fds=locks,
@@ -363,7 +365,7 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # data loader workers outlive a killed parent by seconds
     if not log.exists():
-        raise WorkFailed(f"{folder.path}: deleted while Axolotl was writing to it; `recipe run` starts a new run")
+        raise WorkFailed(f"{run_dir.path}: deleted while Axolotl was writing to it; `recipe run` starts a new run")
     return child.returncode, bool(stops)
 
 

@@ -190,74 +190,74 @@ def resume(
     return backend.carry_out(task)
 
 
-def _record_force(folder: RunDir, record: Run, force: Sequence[str], is_own: bool, here: bool) -> None:
+def _record_force(run_dir: RunDir, record: Run, force: Sequence[str], is_own: bool, here: bool) -> None:
     """Record `force`, and sign the record with this user's key if it changed or belonged to another user.
 
     Raises:
         UserError: a name in `force` is no error on this machine.
     """
     if force and here:  # a job is checked on its own machine
-        errors = {finding.name for finding in _findings(folder, record) if finding.level == "error"}
+        errors = {finding.name for finding in _findings(run_dir, record) if finding.level == "error"}
         unknown_force(force, errors.union(record.forced))
     if this_job():
         return  # a job may lack the user's key
     if force or not is_own:
-        with folder.held():
-            record = folder.read()  # a training may have just ended
+        with run_dir.held():
+            record = run_dir.read()  # a training may have just ended
             record.forced = [*record.forced, *force]
-            record.hmac = trust.hmac_of(folder, record)
-            folder.write(record)
+            record.hmac = trust.hmac_of(run_dir, record)
+            run_dir.write(record)
 
 
-def _resume_here(folder: RunDir, prepare_only: bool, is_own: bool) -> None:
+def _resume_here(run_dir: RunDir, prepare_only: bool, is_own: bool) -> None:
     """Resume a run on this machine, which may be one of its nodes."""
-    if folder.read().nodes > 1 and os.environ.get("SLURM_NODEID", "0") != "0":
-        launch.follow(folder)
+    if run_dir.read().nodes > 1 and os.environ.get("SLURM_NODEID", "0") != "0":
+        launch.follow(run_dir)
         return
-    with folder.held() as lock:
-        record = folder.read()
-        if reason := hindrance(folder, record):
-            raise UserError(f"{folder.path}: {reason}")
+    with run_dir.held() as lock:
+        record = run_dir.read()
+        if reason := hindrance(run_dir, record):
+            raise UserError(f"{run_dir.path}: {reason}")
         if prepare_only:
-            launch.preprocess(folder, record)
+            launch.preprocess(run_dir, record)
             return
         if record.nodes > 1 and "SLURM_LAUNCH_NODE_IPADDR" not in os.environ:
-            raise UserError(f"{folder.path}: the run needs {record.nodes} machines; resume it with --on slurm")
+            raise UserError(f"{run_dir.path}: the run needs {record.nodes} machines; resume it with --on slurm")
         if not record.launches or not is_own:
-            _check_here(folder, record)
-        checkpoint = folder.last_checkpoint()
+            _check_here(run_dir, record)
+        checkpoint = run_dir.last_checkpoint()
         if record.launches:
             begin = checkpoint.name if checkpoint else "the beginning: it has no valid checkpoint"
-            say(f"resume {folder.path} from {begin}")
-        launch.train(folder, record, lock, checkpoint)
+            say(f"resume {run_dir.path} from {begin}")
+        launch.train(run_dir, record, lock, checkpoint)
 
 
-def hindrance(folder: RunDir, record: Run) -> str | None:
+def hindrance(run_dir: RunDir, record: Run) -> str | None:
     """Reason why this process cannot resume a run, which may be its own job's; or None."""
-    if this_job() not in {job.id for job in folder.jobs()}:
-        job = backends.job_state(folder, "run")
+    if this_job() not in {job.id for job in run_dir.jobs()}:
+        job = backends.job_state(run_dir, "run")
         if job and job.kind != "unknown":
-            return f"the run is {job}; cancel it first with `recipe cancel {folder.quoted}`"
+            return f"the run is {job}; cancel it first with `recipe cancel {run_dir.quoted}`"
     if record.state == "finished":
-        return f"the run is finished; evaluate it with `recipe evaluate {folder.quoted}`"
-    output = Path(record.cwd, str(folder.config.get("output_dir")))
-    if output.resolve() != folder.output.resolve():
+        return f"the run is finished; evaluate it with `recipe evaluate {run_dir.quoted}`"
+    output = Path(record.cwd, str(run_dir.config.get("output_dir")))
+    if output.resolve() != run_dir.output.resolve():
         return f"the run folder was moved, but its config still writes to {output}; move the folder back first"
     if path := record.changed_data:
         return f"{path} is missing or has changed since the run began; restore the file, or start a new run"
     return None
 
 
-def _findings(folder: RunDir, record: Run) -> list[Finding]:
+def _findings(run_dir: RunDir, record: Run) -> list[Finding]:
     """Findings of a run's config on this machine."""
     from ..plan import plan
 
     recipe_file = record.present_recipe
     composed = Composed(
         recipe=record.recipe,
-        recipe_file=recipe_file if recipe_file.is_file() else folder.config_file,  # a run copied from another machine
+        recipe_file=recipe_file if recipe_file.is_file() else run_dir.config_file,  # a run copied from another machine
         origin=record.origin,
-        config=folder.config,
+        config=run_dir.config,
         differences=record.differences,
         profiles=record.profiles,
         rehearsal=record.rehearsal,
@@ -267,29 +267,29 @@ def _findings(folder: RunDir, record: Run) -> list[Finding]:
     return report.findings
 
 
-def _check_here(folder: RunDir, record: Run) -> None:
+def _check_here(run_dir: RunDir, record: Run) -> None:
     """Check that this machine can train a run that was never launched here.
 
     Raises:
         UserError: this machine cannot train the run; the run's state becomes failed.
     """
     try:
-        findings = [finding for finding in _findings(folder, record) if finding.scope != "code"]  # trusted by the user
+        findings = [finding for finding in _findings(run_dir, record) if finding.scope != "code"]  # trusted by the user
         override_errors(findings, record.forced)
         refuse(findings)
         if not record.rehearsal:
             available = len(hardware.visible_gpus())
             if record.gpus_used > max(available, 1):
-                raise UserError(f"{folder.path}: the run needs {record.gpus_used} GPUs; {available} available here")
+                raise UserError(f"{run_dir.path}: the run needs {record.gpus_used} GPUs; {available} available here")
     except UserError as error:
         record.state, record.summary.trouble = "failed", str(error)
-        folder.write(record)
+        run_dir.write(record)
         raise
 
 
-def resume_command(folder: RunDir, result: TaskResult) -> Command:
+def resume_command(run_dir: RunDir, result: TaskResult) -> Command:
     """Command `recipe resume`, with which a job trains or resumes a run that this user trusts."""
-    return Command("run", folder, ["resume", str(folder.path), "--trust"], result)
+    return Command("run", run_dir, ["resume", str(run_dir.path), "--trust"], result)
 
 
 AUTO_RESUME = "auto_resume_from_checkpoints"
@@ -355,14 +355,14 @@ def record_of(composed: Composed, request: Request) -> Run:
     return record
 
 
-def launch_config(composed: Composed, folder: RunDir) -> Config:
+def launch_config(composed: Composed, run_dir: RunDir) -> Config:
     """Config for Axolotl, with the run's folders, plugin and tracker names.
 
     Axolotl's own hash of prepared rows does not cover the data and some settings, so their folder's name has a hash
     that does. auto_resume_from_checkpoints is off, because Axolotl would also resume from a damaged checkpoint.
     """
-    config = _with_tracker_names(composed, folder)
-    config["output_dir"] = str(folder.output)
+    config = _with_tracker_names(composed, run_dir)
+    config["output_dir"] = str(run_dir.output)
     config["dataset_prepared_path"] = str(paths.cache() / "prepared" / composed.rows_digest[:16])
     config["plugins"] = [*(config.get("plugins") or []), PLUGIN]
     if config.get(AUTO_RESUME):
@@ -370,7 +370,7 @@ def launch_config(composed: Composed, folder: RunDir) -> Config:
     return config
 
 
-def _with_tracker_names(composed: Composed, folder: RunDir) -> Config:
+def _with_tracker_names(composed: Composed, run_dir: RunDir) -> Config:
     """Fill in {placeholders} in the values of tracker keys.
 
     {project} is the name of the study, or of the recipe if it belongs to no study; rehearsals add a suffix. {run} is
@@ -378,10 +378,10 @@ def _with_tracker_names(composed: Composed, folder: RunDir) -> Config:
     folder of all runs. Axolotl passes the value of each key to the tracker in the environment variable of the same
     name, unless the user has set this variable; a rehearsal ignores it, because it may name a server.
     """
-    runs = folder.runs(composed.recipe)
+    runs = run_dir.runs(composed.recipe)
     study = paths.study_name(composed.origin)
     project = f"{study}-rehearsal" if composed.rehearsal else study
-    run_name = str(folder.path.relative_to(runs)).removeprefix(f"{study}/")
+    run_name = str(run_dir.path.relative_to(runs)).removeprefix(f"{study}/")
     values = {"project": project, "run": run_name, "runs": str(runs)}
     config = dict(composed.config)
     for key, value in composed.config.items():

@@ -18,7 +18,7 @@ from ..training.run_record import Run
 from .rundir import RunDir
 
 
-def hmac_of(folder: RunDir, record: Run) -> str | None:
+def hmac_of(run_dir: RunDir, record: Run) -> str | None:
     """Keyed hash of a run's config, working directory and overridden findings; None without a key.
 
     Only this user can read the key, so that nobody else can create a valid hash.
@@ -26,7 +26,7 @@ def hmac_of(folder: RunDir, record: Run) -> str | None:
     Raises:
         UserError: the config is missing or damaged.
     """
-    content = [yamlfiles.read_text(folder.config_file), record.cwd, record.forced]
+    content = [yamlfiles.read_text(run_dir.config_file), record.cwd, record.forced]
     with suppress(OSError, UserError):
         key = (make_once(paths.user_data() / "hmac", _make_key) / "key").read_bytes()
         return hmac.new(key, orjson.dumps(content), hashlib.sha256).hexdigest()
@@ -38,20 +38,20 @@ def _make_key(folder: Path) -> None:
     (folder / "key").write_bytes(secrets.token_bytes(32))
 
 
-def is_own(folder: RunDir, record: Run) -> bool:
+def is_own(run_dir: RunDir, record: Run) -> bool:
     """True if this user created a run, or trusted it with --trust, and its hashed content has not changed since."""
     if not record.hmac:
         return False
     with suppress(UserError):
-        return hmac.compare_digest((hmac_of(folder, record) or "").encode(), record.hmac.encode())
+        return hmac.compare_digest((hmac_of(run_dir, record) or "").encode(), record.hmac.encode())
     return False
 
 
-def refuse_code(folder: RunDir, record: Run, force: Sequence[str], adapter: str) -> None:
+def refuse_code(run_dir: RunDir, record: Run, force: Sequence[str], adapter: str) -> None:
     """Refuse a run whose config or adapter names untrusted code, unless the user overrides the finding.
 
     Args:
-        folder: the run's folder.
+        run_dir: the run's folder.
         record: the run's record; the findings that it overrides count only if this user created the run.
         force: the names of findings to override; other names are ignored.
         adapter: folder of the adapter.
@@ -59,7 +59,7 @@ def refuse_code(folder: RunDir, record: Run, force: Sequence[str], adapter: str)
     Raises:
         UserError: a finding about code is not overridden.
     """
-    config = folder.config
+    config = run_dir.config
     usable, wrong = schema.usable(config, schema.findings(config))
     case = Case(config, usable, wrong, ask_hub=not record.rehearsal)
     of_adapter = {"lora_model_dir": adapter}
@@ -67,8 +67,8 @@ def refuse_code(folder: RunDir, record: Run, force: Sequence[str], adapter: str)
     with chdir(record.cwd if Path(record.cwd).is_dir() else "."):  # the config's paths are relative to it
         findings = [*code_rules.findings(case), *code_rules.findings(trained)]
     for finding in findings:
-        finding.where = paths.shown(folder.config_file)
+        finding.where = paths.shown(run_dir.config_file)
     override_errors(findings, force)
-    if is_own(folder, record):
+    if is_own(run_dir, record):
         override_errors(findings, record.forced)
     refuse(findings)

@@ -60,7 +60,7 @@ def _is_recipe(name: str) -> bool:
     return False
 
 
-def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evaluation | RunDir:
+def start(run_dir: RunDir, request: EvaluationRequest, backend: Backend) -> Evaluation | RunDir:
     """Evaluate a run here, or queue its evaluation as a job.
 
     Returns:
@@ -71,32 +71,32 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
         WorkFailed: see `evaluate.evaluate`.
     """
     if backend.here:
-        return evaluate.evaluate(folder, request)
-    record = folder.read()
-    _check_before_queueing(folder, record, request)
+        return evaluate.evaluate(run_dir, request)
+    record = run_dir.read()
+    _check_before_queueing(run_dir, record, request)
     result = TaskResult(record.recipe)
-    evaluation = evaluation_command(folder, request, result)
-    if job := backends.job_state(folder, "evaluate", evaluation.words):
-        remedy = f"`recipe cancel {folder.quoted}` cancels all jobs of the run"
-        raise UserError(f"this evaluation is already {job}", file=folder.path, remedy=remedy)
+    evaluation = evaluation_command(run_dir, request, result)
+    if job := backends.job_state(run_dir, "evaluate", evaluation.words):
+        remedy = f"`recipe cancel {run_dir.quoted}` cancels all jobs of the run"
+        raise UserError(f"this evaluation is already {job}", file=run_dir.path, remedy=remedy)
     gpus = 0 if record.rehearsal else 1
     task = Task(result, lambda: [evaluation], gpus, steps=["evaluate"])
     return backend.carry_out(task)
 
 
-def _check_before_queueing(folder: RunDir, record: Run, request: EvaluationRequest) -> None:
+def _check_before_queueing(run_dir: RunDir, record: Run, request: EvaluationRequest) -> None:
     """Check a requested evaluation as far as possible on this machine; before training ends, check only its rows.
 
     Raises:
         UserError: see `start`.
     """
-    if not backends.job_state(folder, "run"):
-        task = EvaluationTask(folder, request)
+    if not backends.job_state(run_dir, "run"):
+        task = EvaluationTask(run_dir, request)
         if task.settings.engine != SERVER:  # perhaps only the cluster's nodes can reach the server
             require(task.settings, None, on_gpu=not record.rehearsal)
     elif request.data:
-        source = evaluation_rows.source_of_file(request.data, folder.config, Path(record.cwd))
-        evaluation_rows.read_source(source, folder, record, folder.config)
+        source = evaluation_rows.source_of_file(request.data, run_dir.config, Path(record.cwd))
+        evaluation_rows.read_source(source, run_dir, record, run_dir.config)
 
 
 def locate_adapter(adapter: str) -> tuple[Path, str]:

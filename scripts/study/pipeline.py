@@ -30,9 +30,9 @@ from ..training.run_record import Run
 TOO_BIG = "too-big:micro_batch_size"  # name of the finding of `plan.add_memory_finding`
 
 
-def evaluation_command(folder: RunDir, request: EvaluationRequest, result: TaskResult) -> Command:
+def evaluation_command(run_dir: RunDir, request: EvaluationRequest, result: TaskResult) -> Command:
     """Command line of a requested evaluation."""
-    return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options()], result)
+    return Command("evaluate", run_dir, ["evaluate", str(run_dir.path), *request.options()], result)
 
 
 def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
@@ -306,15 +306,15 @@ class Pipeline:
             time.sleep(0.2)
             self.look_up()
 
-    def _training(self, folder: RunDir) -> list[Command]:
+    def _training(self, run_dir: RunDir) -> list[Command]:
         """Commands that train a run and evaluate it, if its metrics need predictions."""
-        training = run.resume_command(folder, self.result)
-        return [training, self._evaluation_command(folder)] if self._generates() else [training]
+        training = run.resume_command(run_dir, self.result)
+        return [training, self._evaluation_command(run_dir)] if self._generates() else [training]
 
-    def _evaluation_command(self, folder: RunDir) -> Command:
-        return evaluation_command(folder, self.evaluation, self.result)
+    def _evaluation_command(self, run_dir: RunDir) -> Command:
+        return evaluation_command(run_dir, self.evaluation, self.result)
 
-    def _evaluation_of(self, folder: RunDir, trained: bool) -> list[Command]:
+    def _evaluation_of(self, run_dir: RunDir, trained: bool) -> list[Command]:
         """Command of the evaluation that is still to start, if any; otherwise record the evaluation's state.
 
         Args:
@@ -330,7 +330,7 @@ class Pipeline:
         if state:
             self.result.steps["evaluate"] = state
             return []
-        return [self._evaluation_command(folder)]
+        return [self._evaluation_command(run_dir)]
 
     def _generates(self) -> bool:
         """True if any metric needs predictions; eval loss metrics do not."""
@@ -392,11 +392,11 @@ def require_scorer_models(
         require_models(scorer_models(columns, evaluation.scorer, rehearsal).values())
 
 
-def _is_resumable(folder: RunDir, former_run: Run) -> bool:
+def _is_resumable(run_dir: RunDir, former_run: Run) -> bool:
     """True if the run belongs to the current user and can be resumed.
 
     False if the run failed after a resume, unless it ran out of memory or disk space.
     """
     launches = former_run.launches
     failed_again = former_run.state == "failed" and len(launches) > 1 and not launches[-1].lacked_space
-    return not failed_again and trust.is_own(folder, former_run) and run.hindrance(folder, former_run) is None
+    return not failed_again and trust.is_own(run_dir, former_run) and run.hindrance(run_dir, former_run) is None

@@ -36,12 +36,12 @@ def scores(study: Study, published: Baseline, models: ScorerModels) -> list[Row]
     for name in study.columns:
         record = records.scores.get(name)
         if record and record.value is not None:
-            row: Row = {"metric": name} | _compared(record.value, record.interval, published.scores.get(name))
+            row: Row = {"metric": name} | _comparison(record.value, record.interval, published.scores.get(name))
             table.append(row | {"rows": len(rows), "test_set": published.test_set})
     return table
 
 
-def _compared(score: float, interval: tuple[float, float] | None, published: PublishedScore | None) -> Row:
+def _comparison(score: float, interval: tuple[float, float] | None, published: PublishedScore | None) -> Row:
     """Score, its interval, and its difference from the published score, see `scores`."""
     low, high = interval or (None, None)
     row: Row = {"score": score, "published": None, "agrees": None, "low": low, "high": high, "difference": None}

@@ -271,6 +271,11 @@ def sweep(
 
 
 def _plan(trials: list[Trial], pipelines: list[Pipeline], starts: bool) -> None:
+    """Plan every trial, and record its memory and its digest.
+
+    Args:
+        starts: False to leave out the steps that existing runs have finished.
+    """
     with Bar("planning", len(trials)) as bar:
         for done, (trial, pipeline) in enumerate(zip(trials, pipelines, strict=True), start=1):
             bar.begin(f"planning {pipeline.result.label}")

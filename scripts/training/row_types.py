@@ -104,7 +104,7 @@ class RowType:
 
 
 @dataclass(frozen=True)
-class Texts(RowType):
+class TextRows(RowType):
     """A type whose fields are texts: completion, alpaca, and the types that a config describes.
 
     Attributes:
@@ -165,7 +165,7 @@ class Segments(Tokenized):
     """The type input_output: pieces of text, each with a label that is true if the model learns it."""
 
     def prompt_of(self, row: Row) -> list[tuple[str, str]]:
-        """Texts of the pieces that the model does not learn."""
+        """TextRows of the pieces that the model does not learn."""
         return [("text", item["text"]) for item in self.items_of(row) if not item["label"]]
 
     def further_mistakes(self, row: Row) -> Iterator[RowMistake]:
@@ -238,16 +238,16 @@ class Chat(Tokenized):
         return self.item_mistakes(message, required, (self.role, self.content, *self.other_keys))
 
 
-_ALPACA = Texts(("instruction", "output"), ("input",), "output")
-_WITH_SYSTEM = Texts(("instruction", "system", "output"), ("input",), "output")
-_ORCA = Texts(("question", "system_prompt", "response"), (), "response")
+_ALPACA = TextRows(("instruction", "output"), ("input",), "output")
+_WITH_SYSTEM = TextRows(("instruction", "system", "output"), ("input",), "output")
+_ORCA = TextRows(("question", "system_prompt", "response"), (), "response")
 
 TYPES = {
     "alpaca": _ALPACA,
     "alpaca_chat": _ALPACA,
     "alpaca_chat.load_concise": _ALPACA,
     "alpaca_chat.load_no_prompt": _ALPACA,
-    "alpaca_chat.load_qa": Texts(("question", "answer"), (), "answer"),
+    "alpaca_chat.load_qa": TextRows(("question", "answer"), (), "answer"),
     "alpaca_instruct": _ALPACA,
     "alpaca_instruct.load_no_prompt": _ALPACA,
     "alpaca_w_system": _WITH_SYSTEM,
@@ -255,7 +255,7 @@ TYPES = {
     "alpaca_w_system.load_instruct": _WITH_SYSTEM,
     "alpaca_w_system.load_open_orca": _ORCA,
     "alpaca_w_system.load_open_orca_chatml": _ORCA,
-    "completion": Texts(("text",), (), "text"),
+    "completion": TextRows(("text",), (), "text"),
 }
 """Types by the part of their name before any colon.
 
@@ -271,7 +271,7 @@ def row_type(entry: Config) -> RowType:
         return Tokenized(("input_ids", "attention_mask", "labels"))
     if name == "completion":
         field = entry.get("field") or "text"
-        return Texts((field,), (), field)
+        return TextRows((field,), (), field)
     if name == "chat_template":
         return _chat_type(entry)
     if name == "input_output":
@@ -279,7 +279,7 @@ def row_type(entry: Config) -> RowType:
     return TYPES.get(str(name).partition(":")[0], RowType())
 
 
-def _described_type(description: Config) -> Texts:
+def _described_type(description: Config) -> TextRows:
     """Type that a config describes by fields and formats."""
     names = {}
     for field in ("output", "instruction", "input", "system"):
@@ -287,7 +287,7 @@ def _described_type(description: Config) -> Texts:
     # without no_input_format, Axolotl uses its own prompt for rows without input (user_defined.py)
     needs_input = bool(description.get("format") and not description.get("no_input_format"))
     required, optional = (names["instruction"], names["output"]), (names["input"], names["system"])
-    return Texts(required, optional, names["output"], needs_input)
+    return TextRows(required, optional, names["output"], needs_input)
 
 
 def _chat_type(entry: Config) -> Chat:

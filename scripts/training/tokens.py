@@ -253,24 +253,25 @@ def unknown_roles(strategy: Any, row: Row) -> list[str]:
     return sorted(role for role in roles if not re.search(rf"""['"]{re.escape(role)}['"]""", template))
 
 
-def packed_sequences(cfg: Any, sizes: list[int]) -> tuple[int, int]:
-    """Number of sequences that rows fill when packed, and how many of them a micro batch has.
+def count_packed(cfg: Any, sizes: list[int]) -> tuple[int, int]:
+    """Count the packed sequences of rows, and those of a micro batch.
 
     The rows are packed as in axolotl/core/trainers/base.py.
     """
-    keeps_apart = cfg.multipack_real_batches
-    if keeps_apart is None:
-        keeps_apart = not cfg.attn_supports_packing
-    per_batch = cfg.micro_batch_size if keeps_apart else 1
+    # a micro batch has micro_batch_size sequences or, for attention that tells rows apart, a single longer one
+    real_batches = cfg.multipack_real_batches
+    if real_batches is None:
+        real_batches = not cfg.attn_supports_packing
+    sequences = cfg.micro_batch_size if real_batches else 1
     sampler = MultipackBatchSampler(
         RandomSampler(sizes),
         batch_size=1,
-        batch_max_len=cfg.sequence_len * cfg.micro_batch_size // per_batch,
+        batch_max_len=cfg.sequence_len * cfg.micro_batch_size // sequences,
         lengths=numpy.array(sizes),
         bin_size=cfg.sample_packing_bin_size,
         sequential=cfg.sample_packing_sequentially,
     )
-    return len(sampler), per_batch
+    return len(sampler), sequences
 
 
 def padding(cfg: Any, sizes: list[int]) -> float:

@@ -84,7 +84,7 @@ def read(file: Path) -> OldConfig:
 
 
 @dataclass(frozen=True)
-class Step:
+class KeyChange:
     """A change of a setting; values are None if a key is not set.
 
     Attributes:
@@ -144,11 +144,11 @@ class Migration:
     sign: str
     config: Config
     empty: list[str] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
+    steps: list[KeyChange] = field(default_factory=list)
     undecided: list[UserError] = field(default_factory=list)
     profiles: list[str] = field(default_factory=list)
 
-    def replace(self, step: Step) -> None:
+    def replace(self, step: KeyChange) -> None:
         """Carry out a step."""
         if step.to != step.key:
             self.config = merging.override(self.config, step.key, None)
@@ -157,7 +157,7 @@ class Migration:
 
     def set(self, key: str, value: Any, reason: str) -> None:
         """Set a top-level key; None removes it."""
-        self.replace(Step(key, self.config.get(key), key, value, reason))
+        self.replace(KeyChange(key, self.config.get(key), key, value, reason))
 
     def refuse(self, key: str, problem: str, remedy: str) -> None:
         """Note a setting that the user has to decide."""
@@ -176,7 +176,7 @@ class Migration:
         batch, micro = self._number("batch_size"), self._number("micro_batch_size")
         if 0 < micro <= batch:
             reason = "Axolotl no longer divides batch_size by micro_batch_size"
-            self.replace(Step("batch_size", batch, "gradient_accumulation_steps", batch // micro, reason))
+            self.replace(KeyChange("batch_size", batch, "gradient_accumulation_steps", batch // micro, reason))
 
     def _number(self, key: str) -> int:
         """Whole number at a key; 0 for other values, which the check reports."""
@@ -240,7 +240,7 @@ class Migration:
             elif new != key and new in self.config:
                 self.set(key, None, f"{new} is set, too, and decides")
             else:
-                self.replace(Step(key, value, new, change.get("value", value), change["why"]))
+                self.replace(KeyChange(key, value, new, change.get("value", value), change["why"]))
 
     def list_tokens(self) -> None:
         """Turn `tokens` into a list; of a mapping, older releases read the keys."""
@@ -265,7 +265,7 @@ class Migration:
                 value = dataset.entry.get(key)
                 if value:
                     self.replace(
-                        Step(f"{dataset.key}.{key}", value, f"{dataset.key}.{new}", value, f"{key} was renamed")
+                        KeyChange(f"{dataset.key}.{key}", value, f"{dataset.key}.{new}", value, f"{key} was renamed")
                     )
 
     def _chat_rows(self, dataset: DatasetRef, loader: str) -> None:
@@ -286,7 +286,7 @@ class Migration:
         if "{" in template:
             updated |= {"chat_template": "jinja", "chat_template_jinja": template}
         reason = f"type sharegpt is gone; the same text as FastChat's conversation {name}"
-        self.replace(Step(dataset.key, entry, dataset.key, updated, reason))
+        self.replace(KeyChange(dataset.key, entry, dataset.key, updated, reason))
 
     def _default_conversation(self) -> str:
         """Conversation of rows that name none (v0.4.0: src/axolotl/utils/config.py:173-184, prompters.py:277-285)."""

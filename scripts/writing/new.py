@@ -94,7 +94,7 @@ class VariantRequest:
 
 
 @dataclass
-class Variant:
+class WrittenVariant:
     """A written variant.
 
     Attributes:
@@ -108,7 +108,7 @@ class Variant:
     notes: list[str]
 
 
-def create(request: VariantRequest) -> Variant:
+def create(request: VariantRequest) -> WrittenVariant:
     """Check and write a variant; a refused one leaves no file.
 
     Raises:
@@ -140,7 +140,7 @@ def create(request: VariantRequest) -> Variant:
     if rows:
         unread: list[str] = next((read["unread_fields"] for read in report.data), [])
         notes = [*own_rows.explanations(rows, composed.config, unread), *notes]
-    return Variant(file, migration, notes)
+    return WrittenVariant(file, migration, notes)
 
 
 def of_migration(migration: Migration, model: Changes = NO_CHANGES) -> Changes:

@@ -40,7 +40,7 @@ def findings_of(
     change: dict[str, Any], gpu: str | None = None, launching: bool = False, name: str = "haider2024/code-llama-7b"
 ) -> list[Finding]:
     cfg = config_with(change, name)
-    return list(rule_findings(Case(cfg, cfg, set(), gpus.find(gpu) if gpu else None, launching=launching)))
+    return list(rule_findings(Case(cfg, cfg, set(), gpus.find_gpu(gpu) if gpu else None, launching=launching)))
 
 
 def names(change: dict[str, Any], gpu: str | None = None, launching: bool = False) -> list[str]:

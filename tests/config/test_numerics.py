@@ -79,7 +79,7 @@ NO_DROPOUT = "peft-metamathqa/qlora-rank32"
 
 
 def laid(name: str, *profiles: str, gpu: str | None = "A100", overrides: tuple[str, ...] = ()) -> Composed:
-    return compose.compose(Request(name, [*profiles], typed(*overrides)), gpus.find(gpu) if gpu else None)
+    return compose.compose(Request(name, [*profiles], typed(*overrides)), gpus.find_gpu(gpu) if gpu else None)
 
 
 def on(composed: Composed) -> set[str]:
@@ -184,7 +184,7 @@ def test_plugins_join_those_of_the_config():
 )
 def test_wrong_values_are_left_for_check_to_find(key, wrong):
     mine(**{key: wrong})
-    findings = check.check_request(Request("mine.yaml", profiles=["fast"]), gpus.find("T4")).findings
+    findings = check.check_request(Request("mine.yaml", profiles=["fast"]), gpus.find_gpu("T4")).findings
     assert [str(finding) for finding in findings if finding.rule == "unreadable"] == []
 
 
@@ -194,7 +194,7 @@ def test_packed_rows_are_kept_apart_by_a_mask_on_turing():
     assert varlen == [False, True, True]
     Path("mine.yaml").write_text(yamlfiles.write_yaml(config_with({"sample_packing": True})))
     for gpu, names in (("T4", ["gpu-lacks:sample_packing"]), ("A100", [])):
-        findings = check.check_request(Request("mine.yaml"), gpus.find(gpu)).findings
+        findings = check.check_request(Request("mine.yaml"), gpus.find_gpu(gpu)).findings
         assert [finding.name for finding in findings if finding.rule == "gpu-lacks"] == names
 
 

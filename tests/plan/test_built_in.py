@@ -28,7 +28,7 @@ def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def llama() -> StepPlan:
-    return step_plan.plan_step(compose(Request("haider2024/llama-3-8b")).config, gpus.find("T4"))[0]
+    return step_plan.plan_step(compose(Request("haider2024/llama-3-8b")).config, gpus.find_gpu("T4"))[0]
 
 
 def test_the_file_has_the_steps_of_the_built_in_recipes_and_no_others():

@@ -16,7 +16,7 @@ from qlora_recipes.commands.plan import _print_plan, _print_plans
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request
 from qlora_recipes.plan import plan, step_plan, steps, work
-from qlora_recipes.plan.published_log import Compared, ComparedLog
+from qlora_recipes.plan.published_log import ComparedFigure, ComparedLog
 from qlora_recipes.plan.work import TokenCount, Work
 
 TURING, AMPERE = (7, 5), (8, 0)
@@ -235,13 +235,15 @@ def test_ranks_divide_what_their_engine_divides(small):
         "FSDP": {"fsdp_config": {"reshard_after_forward": True}},
     }
     for parallelism, change in sizes.items():
-        planned = plan.plan(small | change, gpus.find("T4"), gpus=4)[0]
+        planned = plan.plan(small | change, gpus.find_gpu("T4"), gpus=4)[0]
         assert planned.gpus[0].free == pytest.approx(planned.gpus[0].usable - planned.per_gpu[parallelism])
 
 
 def test_a_base_model_in_8_bits_has_a_byte_a_weight(small):
     lora = small | {"adapter": "lora", "load_in_4bit": False, "bf16": True, "fp16": False}
-    half, eight = (step_plan.plan_step(lora | {"load_in_8bit": bits}, gpus.find("A100"))[0].memory for bits in (0, 1))
+    half, eight = (
+        step_plan.plan_step(lora | {"load_in_8bit": bits}, gpus.find_gpu("A100"))[0].memory for bits in (0, 1)
+    )
     linear = sum(count["frozen"] for kind, count in half.parameters.items() if kind.endswith("_proj"))
     parts = eight.usage.parts
     assert half.parameters == eight.parameters
@@ -312,7 +314,7 @@ def test_work_counts_the_rows_that_are_there(small, sample, tmp_path):
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
     file = tmp_path / "mine.yaml"
     file.write_text(yamlfiles.write_yaml(small))
-    estimate = plan.plan_request(Request(str(file)), gpus.find("T4")).work
+    estimate = plan.plan_request(Request(str(file)), gpus.find_gpu("T4")).work
     assert estimate
     assert estimate.rows == 109
     assert estimate.steps == 28
@@ -470,10 +472,10 @@ note: a note
 
 def test_a_log_is_printed_beside_the_plan(capsys):
     figures = [
-        Compared("learning_rates", 3e-07, 2e-07, False, "of 940 rates"),
-        Compared("steps", 94_004, 94_000, False, "they rounded down"),
-        Compared("trainable", 83_886_080, 83_886_080, True),
-        Compared("tokens", None, 4_198_051, False, "counted with --all-rows"),
+        ComparedFigure("learning_rates", 3e-07, 2e-07, False, "of 940 rates"),
+        ComparedFigure("steps", 94_004, 94_000, False, "they rounded down"),
+        ComparedFigure("trainable", 83_886_080, 83_886_080, True),
+        ComparedFigure("tokens", None, 4_198_051, False, "counted with --all-rows"),
     ]
     planned = planned_example(True)
     planned.log = ComparedLog("On sums, table 2", {"rows": 150_406, "num_epochs": 5, "skipped_steps": 37}, figures)
@@ -483,7 +485,7 @@ def test_a_log_is_printed_beside_the_plan(capsys):
 
 def test_a_log_with_the_recipes_inputs_prints_none(capsys):
     planned = planned_example(True)
-    planned.log = ComparedLog("On sums", {}, [Compared("steps", 5, 5, True)])
+    planned.log = ComparedLog("On sums", {}, [ComparedFigure("steps", 5, 5, True)])
     _print_plan(planned)
     assert capsys.readouterr().out.endswith(PRINTED_SHORT_LOG)
 
@@ -533,6 +535,6 @@ def test_an_unknown_gpu_is_refused_with_the_known_ones(recipe):
 
 @pytest.mark.parametrize("name", [name for name in paths.recipe_names() if name.startswith("haider2024/")])
 def test_recipes_of_the_first_study_fit_its_card(name):
-    needed = step_plan.required_gib(recipe_config(name), gpus.find("Quadro RTX 5000"))
+    needed = step_plan.required_gib(recipe_config(name), gpus.find_gpu("Quadro RTX 5000"))
     assert needed
     assert needed <= step_plan.USABLE * 16

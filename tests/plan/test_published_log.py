@@ -69,7 +69,7 @@ def test_all_rates_are_planned_with_the_logs_steps_and_differ_with_todays(refine
     assert largest_difference(refinement, 94_000) <= 1e-18
     assert largest_difference(refinement, 94_004) == pytest.approx(8.552e-9, rel=1e-3)
     assert largest_difference(refinement, 94_005) == pytest.approx(1.069e-8, rel=1e-3)
-    rates = [figure for figure in refinement.compared().figures if figure.figure == "learning_rates"]
+    rates = [figure for figure in refinement.compare().figures if figure.figure == "learning_rates"]
     most = "of 940 rates, that which differs most, after step"
     assert [(figure.equal, figure.remark) for figure in rates] == [
         (True, f"{most} 100 of 94,000"),
@@ -82,7 +82,7 @@ def test_without_the_skipped_steps_the_rates_differ(refinement):
     planned = PlannedLog(
         Log(source="a", steps=94_000), refinement.config, refinement.step_plan, None, refinement.points
     )
-    [rates] = [figure for figure in planned.compared().figures if figure.figure == "learning_rates"]
+    [rates] = [figure for figure in planned.compare().figures if figure.figure == "learning_rates"]
     assert not rates.equal
     assert rates.planned
     assert rates.published - rates.planned == pytest.approx(37 * 2e-4 / 93_500)
@@ -91,7 +91,7 @@ def test_without_the_skipped_steps_the_rates_differ(refinement):
 @pytest.mark.parametrize("name", PEFTS)
 def test_the_adapters_of_pefts_comparison_have_the_published_bytes(name):
     planned = log_of(f"peft-metamathqa/lora-{name}")
-    figures = {figure.figure: (figure.planned, figure.equal) for figure in planned.compared().figures}
+    figures = {figure.figure: (figure.planned, figure.equal) for figure in planned.compare().figures}
     assert figures.pop("reserved_bytes")[1] is False
     assert figures == {
         "steps": (5000, True),

@@ -72,7 +72,7 @@ def test_tokens_are_those_of_the_rows_left_for_training(recipe_file, sample, tmp
 
 
 def test_hours_count_padding(recipe_file):
-    planned = plan.plan_request(Request(str(recipe_file)), gpus.find("T4"), data=True)
+    planned = plan.plan_request(Request(str(recipe_file)), gpus.find_gpu("T4"), data=True)
     lengths, estimate, config = counted(recipe_file), planned.work, yamlfiles.read_yaml(recipe_file)
     per_token = work.flops_of_token(plan.plan(config)[1], round(lengths.padded / lengths.rows))
     hours = lengths.padded * config["num_epochs"] * per_token / (65e12 * work.UTILIZATION) / 3600
@@ -148,6 +148,6 @@ def test_steps_of_packed_rows_are_of_full_sequences(recipe_file):
 @pytest.mark.long
 def test_hours_are_near_those_of_published_runs():
     """PEFT's run of a rank of 32 trained for 585.2 s on an L40S; with every row as a full one it would be 1,880 s."""
-    planned = plan.plan_request(Request("peft-metamathqa/lora-rank32"), gpus.find("L40S"))
+    planned = plan.plan_request(Request("peft-metamathqa/lora-rank32"), gpus.find_gpu("L40S"))
     assert planned.work and planned.work.hours
     assert planned.work.hours * 3600 == pytest.approx(585.2, rel=0.2)

@@ -68,7 +68,7 @@ def pipeline_of(request: Request, gpu: gpus.Gpu | None = None) -> pipeline.Pipel
 
 @pytest.mark.parametrize(("gpu", "varlen"), [("T4", False), ("A100", True)])
 def test_a_pipeline_is_composed_for_the_named_gpu(gpu, varlen):
-    assert pipeline_of(Request(NAME, ["packed"]), gpus.find(gpu)).composed.config["sdpa_varlen"] is varlen
+    assert pipeline_of(Request(NAME, ["packed"]), gpus.find_gpu(gpu)).composed.config["sdpa_varlen"] is varlen
 
 
 def test_an_invalid_config_has_no_pipeline_but_a_result():
@@ -84,7 +84,7 @@ def test_an_invalid_config_has_no_pipeline_but_a_result():
 def test_a_config_that_is_too_big_fails_unless_this_is_overridden(monkeypatch, force):
     for module in (plan, step_plan):
         monkeypatch.setattr(module, "required_gib", lambda *_, **__: 38.1)
-    t4 = gpus.find("T4")
+    t4 = gpus.find_gpu("T4")
     planned = pipeline_of(Request(NAME, force=force), t4)
     assert planned.plan() == bool(force)
     assert planned.needed_gib == 38.1

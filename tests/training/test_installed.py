@@ -11,7 +11,7 @@ from qlora_recipes.config import gpus, numerics
 from qlora_recipes.config.compose import Request
 from qlora_recipes.training import validation
 
-V100 = gpus.find("V100")
+V100 = gpus.find_gpu("V100")
 
 
 # what no rule here repeats, as Axolotl's own validation refuses it before anything is queued
@@ -30,7 +30,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "says"), REFUSED, ids=str)
 def test_what_axolotl_refuses_is_an_error(change, says):
-    findings = validation.findings(config_with(change), gpus.find("A100"))
+    findings = validation.findings(config_with(change), gpus.find_gpu("A100"))
     assert any(finding.level == "error" and says in finding.problem for finding in findings)
 
 
@@ -86,12 +86,12 @@ def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(place, monke
             for gpu in cards:
                 data = gpu == "H100" and profile == []
                 request = Request(name, profiles=profile)
-                report = check.check_request(request, gpus.find(gpu), data=data)
+                report = check.check_request(request, gpus.find_gpu(gpu), data=data)
                 if data:
                     check.tokenize_all(report, request)
                 reports.setdefault(gpu, []).append(report)
     for gpu, checked in reports.items():
-        check.add_validation(checked, gpus.find(gpu))
+        check.add_validation(checked, gpus.find_gpu(gpu))
         for report in checked:
             assert [str(finding) for finding in report.findings if finding.level != "note"] == []
 

@@ -360,7 +360,7 @@ def test_reading_stops_after_twenty_rows_that_axolotl_refuses(llama, place):
 
 
 def test_run_asks_axolotl_before_it_starts_on_a_gpu(recipe, tmp_path, tiny_profile, monkeypatch):
-    monkeypatch.setattr(gpus, "here", lambda: gpus.find("H100"))
+    monkeypatch.setattr(gpus, "here", lambda: gpus.find_gpu("H100"))
     done = recipe.fails("run", "haider2024/code-llama-7b", "--profile", tiny_profile, "--set", "sequence_len=8")
     assert "[too-long:datasets.0.path]" in done.stderr
     assert not (tmp_path / "runs").exists()

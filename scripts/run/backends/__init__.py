@@ -17,9 +17,8 @@ from ...base.errors import UserError
 from ...base.files import opened
 from ...base.processes import start_child, stop_requests
 from ...base.terminal import PART, say
-from ...config import gpus
 from ...config.finding import Finding
-from ...config.gpus import Gpu
+from ...config.gpus import Gpu, here
 from ...training.run_record import JobState, Run
 from ..rundir import RunDir
 
@@ -115,20 +114,20 @@ def relevant(backend: Backend, findings: Iterable[Finding]) -> list[Finding]:
     return [finding for finding in findings if backend.here or finding.scope != "machine"]
 
 
-def read(folder: RunDir) -> Run:
+def read(run_dir: RunDir) -> Run:
     """Read a run's record, with its current state here and in SLURM's queue.
 
     Raises:
         UserError: run.json is missing or damaged, or jobs.json is damaged.
     """
-    return folder.read(job_state(folder, "run"))
+    return run_dir.read(job_state(run_dir, "run"))
 
 
-def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> JobState | None:
+def job_state(run_dir: RunDir, step: str, words: Sequence[str] | None = None) -> JobState | None:
     """State of the job for one step of a run; None without a job.
 
     Args:
-        folder: the run folder.
+        run_dir: the run folder.
         step: the step.
         words: arguments of `recipe` in the job's command; None accepts any job of the step.
 
@@ -137,7 +136,7 @@ def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> 
     """
     from .slurm_cluster import active
 
-    states = active([job for job in folder.jobs() if job.step == step and words in (None, job.words)])
+    states = active([job for job in run_dir.jobs() if job.step == step and words in (None, job.words)])
     return JobState("unknown") if states is None else next(iter(states.values()), None)
 
 
@@ -163,7 +162,7 @@ class Local:
 
     def gpu(self) -> Gpu | None:
         """The first GPU of this machine."""
-        return gpus.here()
+        return here()
 
     def check_size(self, gpus: int, nodes: int) -> None:
         """Refuse a run that needs more GPUs than this machine has.

@@ -21,8 +21,7 @@ from ...base.errors import UserError, WorkFailed, require_plain
 from ...base.files import write_atomically
 from ...base.paths import template_environment
 from ...base.terminal import PART, say
-from ...config import gpus
-from ...config.gpus import Gpu
+from ...config.gpus import Gpu, find_gpu
 from ...training.run_record import Job
 from ..rundir import RunDir, stamped
 from . import Command, Step, Task
@@ -50,7 +49,7 @@ class Slurm:
         require_plain(Path.cwd(), paths.runs(), sys.executable)
         self.cluster = cluster_settings(options)
         self.jobs = jobs
-        self._gpu = gpus.find(self.cluster.gpu, "gpu") if self.cluster.gpu and not rehearsal else None
+        self._gpu = find_gpu(self.cluster.gpu, "gpu") if self.cluster.gpu and not rehearsal else None
         if submits and isinstance(error := queue([getuser()]), UserError):
             raise error  # without SLURM's answer, a queued run could be submitted again
 
