@@ -25,7 +25,7 @@ GENERATIONS = ("T4", "A100", "H100")
 def step_plans(study: str = "") -> dict[str, StepPlan]:
     """Planners of the built-in recipes' steps, by key, or of one study's; recipes can share a step."""
     steps = {}
-    for gpu in map(gpus.find, GENERATIONS):
+    for gpu in map(gpus.find_gpu, GENERATIONS):
         for name in paths.recipe_names():
             if name.startswith(study):
                 step, _ = step_plan.plan_step(compose(Request(name), gpu).config, gpu)

@@ -169,7 +169,7 @@ PlannedGpu = Annotated[
     gpus.Gpu | None,
     typer.Option(
         "--gpu",
-        parser=gpus.find,
+        parser=gpus.find_gpu,
         rich_help_panel=WHERE,
         metavar="NAME",
         help="With --dry-run: GPU to plan for; default: this machine's.",
