@@ -117,7 +117,7 @@ MISTAKES = [
         "--set: works only with a later stage than --stage predictions",
     ),
     ("evaluate latest --adapter none --base", "--adapter and --base: give only one of them"),
-    ("evaluate latest --model x", "--model: works only with --engine URL"),
+    ("evaluate latest --served-model x", "--served-model: works only with --engine URL"),
     ("publish latest --private", "--private: works only with --push"),
     (
         "score pairs.jsonl",
