@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What another release of Axolotl changes: `make upgrade AXOLOTL=x.y.z`. In a worktree, build/upgrade, of the last commit
-# it moves the pin, makes lock, environment and schema, and compares snapshots of before and after.
+# it moves the pin, makes lock, environment and schema, lists keys that scripts/config/keys.yaml lacks or has in vain, and
+# compares snapshots of before and after.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ ! "$1" =~ ^([0-9]+)\.([0-9]+)\.[0-9]+(\.post[0-9]+)?$ ]]; then
@@ -14,6 +15,7 @@ sed -i -E "s/(\"axolotl\[[a-z,]+\])[^\"]*\"/\1$pin\"/" build/upgrade/pyproject.t
 make -C build/upgrade lock "AXOLOTL=$1"
 make -C build/upgrade setup
 (cd build/upgrade && .venv/bin/python tools/schemas.py)
+(cd build/upgrade && .venv/bin/pytest -q tests/config/test_keys.py) || true
 .venv/bin/python tools/snapshot.py > build/before.txt &
 build/upgrade/.venv/bin/python build/upgrade/tools/snapshot.py > build/after.txt
 wait $!
@@ -22,4 +24,4 @@ diff --unified=0 build/before.txt build/after.txt || true
 if grep FAILED build/before.txt build/after.txt; then
     exit 1
 fi
-echo "\`git -C build/upgrade diff | git apply\` takes pin, lock and schema into the checkout; then \`make setup\`, tools/plans.py, \`make test\`"
+echo "\`git -C build/upgrade diff | git apply\` takes pin, lock and schema into the checkout; then \`make setup\`, keys.yaml, tools/plans.py, \`make test\`"

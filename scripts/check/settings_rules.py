@@ -8,8 +8,7 @@ from pathlib import Path
 from ..base.hardware import torch_cuda
 from ..base.processes import package_version
 from ..base.secrets import is_secret, names_secret, without_secrets
-from ..config import substitution
-from ..config.consent import remote_trackers
+from ..config import keys, substitution
 from ..config.finding import Case, Level, Problems, rule
 from ..config.gpus import deepspeed_of
 from ..config.merging import flatten
@@ -113,8 +112,8 @@ def missing_package(case: Case) -> Problems:
 
 def _required_packages(case: Case) -> Iterator[tuple[str, str]]:
     """Packages that a config needs, each with the key that needs it."""
-    for package, keys in _PACKAGES.items():
-        if key := case.first_set(*keys):
+    for package, names in _PACKAGES.items():
+        if key := case.first_set(*names):
             yield package, key
     for plugin, package in _PLUGIN_NEEDS.items():
         if plugin in case.plugins:
@@ -174,10 +173,10 @@ _FROM = {  # sources of packages that PyPI lacks, or has only in another variant
 @rule
 def no_login(case: Case) -> Problems:
     """Without a login, wandb stops the run with a traceback after the model is loaded (seen with wandb 0.31)."""
-    keys = dict(remote_trackers(case.config)).get("wandb")
-    if keys and not _has_wandb_login():
+    switches = dict(keys.remote_trackers(case.config)).get("wandb")
+    if switches and not _has_wandb_login():
         problem = "wandb has no login on this machine: a run would stop after loading the model"
-        yield "warning", keys[-1], problem, f"run `wandb login`, or delete {' and '.join(keys)}"
+        yield "warning", switches[-1], problem, f"run `wandb login`, or delete {' and '.join(switches)}"
 
 
 def _has_wandb_login() -> bool:
@@ -197,9 +196,9 @@ def no_gpu(case: Case) -> Problems:
     if not case.launching or case.gpu:
         return
     for change, reason in substitution.gpu_replacements(case.config):
-        keys = [key for key in change if key not in ("fp16", "float16")]
-        if keys:
-            key = case.first_set(*keys) or keys[0]
+        names = [key for key in change if key not in ("fp16", "float16")]
+        if names:
+            key = case.first_set(*names) or names[0]
             yield "error", key, f"no NVIDIA GPU found: {reason}", "add --rehearse, which replaces this setting"
     if precision(case.config, on_gpu=False).autocast == "float16":
         key = "fp16" if case["fp16"] else "bf16"

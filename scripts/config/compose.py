@@ -10,7 +10,7 @@ from ..base import hardware, paths, processes, yamlfiles
 from ..base.errors import UserError
 from ..base.files import digest
 from ..base.yamlfiles import Config
-from . import datafiles, gpus, merging, models, numerics, substitution
+from . import datafiles, gpus, keys, merging, models, numerics, substitution
 from .datafiles import DataFile
 from .gpus import Gpu
 from .merging import Difference, Override, Source
@@ -90,15 +90,15 @@ class Composed:
     @property
     def digest(self) -> str:
         """Hash of the config without tracker keys, and of the files that it names."""
-        return self._hash(merging.TRACKING)
+        return self._hash(("tracking",))
 
     @property
     def rows_digest(self) -> str:
         """Hash of the keys that may affect the tokenized rows, the files that they name, and Axolotl's version."""
-        return self._hash(merging.NOT_OF_ROWS, processes.package_version("axolotl"))
+        return self._hash(keys.NOT_PREPARED, processes.package_version("axolotl"))
 
-    def _hash(self, without: re.Pattern[str], *more: str | None) -> str:
-        cfg = {key: value for key, value in self.config.items() if not without.match(key)}
+    def _hash(self, without: tuple[str, ...], *more: str | None) -> str:
+        cfg = {key: value for key, value in self.config.items() if keys.affects(key) not in without}
         return digest([cfg, [file.sha256 for file in [*self.data, *datafiles.named_files(cfg)]], *more])
 
 
@@ -190,7 +190,7 @@ class _Composition:
 
     def derive(self, recipe: Config, file: Path) -> None:
         """Turn the origin's config into that of a variant or edited copy, except for the keys that a run sets."""
-        derived = recipe | {key: self.config.get(key) for key in merging.OF_THE_RUN}
+        derived = recipe | {key: self.config.get(key) for key in keys.affecting("run")}
         derived = {key: value for key, value in derived.items() if value is not None}
         self._adopt(derived, Source("recipe", paths.shown(file)))
 
@@ -217,7 +217,7 @@ class _Composition:
     def apply_overrides(self) -> None:
         """Set the keys of --set."""
         for override in self.request.overrides:
-            if merging.top_key(override.key) in merging.OF_THE_RUN:
+            if keys.affects(override.key) == "run":
                 problem = f"`recipe run` sets {override.key}"
                 remedy = "--runs selects the folder of runs, and `recipe resume` continues a run"
                 raise UserError(problem, key=f"--set {override.text}", remedy=remedy)
@@ -286,7 +286,7 @@ class _Composition:
         self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
         unchanged = datafiles.missing_paths(self.config)  # the check reports a missing path
         if models.is_small(self.config):
-            unchanged += substitution.OF_MODEL
+            unchanged += keys.of_one_model()
         return {key: value for key, value in fragment.items() if key not in unchanged}
 
 

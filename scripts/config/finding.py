@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 
 from ..base.errors import UserError, did_you_mean
 from ..base.yamlfiles import Config
-from . import datafiles, models
+from . import datafiles, keys, models
 from .gpus import Gpu
-from .merging import Difference, last_key, listed, top_key
+from .merging import Difference, listed, top_key
 from .numerics import AMPERE, OLD_KEYS, attention
 
 Level = Literal["error", "warning", "note"]
@@ -110,7 +110,7 @@ class Finding:
 
 def _scope(rule: str, key: str) -> Scope:
     scope = _SCOPES.get(rule, "config")
-    if scope == "config" and last_key(key) == "path":
+    if scope == "config" and keys.find(key).kind == "data":
         return "data"
     return scope
 
@@ -299,13 +299,13 @@ class Case:
         """True if the config trains a LoRA adapter with PEFT."""
         return self["adapter"] in ("lora", "qlora")
 
-    def first_set(self, *keys: str) -> str | None:
+    def first_set(self, *names: str) -> str | None:
         """The first of some keys that has a value other than empty or false; None if none has."""
-        return next((key for key in keys if self[key]), None)
+        return next((key for key in names if self[key]), None)
 
-    def is_set(self, *keys: str) -> bool:
+    def is_set(self, *names: str) -> bool:
         """True if a key is set to a value other than empty or false. Invalid values count as set."""
-        return any(self.config.get(key) or key in self.wrong for key in keys)
+        return any(self.config.get(key) or key in self.wrong for key in names)
 
 
 def rule_findings(case: Case, scope: Scope | None = None) -> Iterator[Finding]:

@@ -11,32 +11,6 @@ from ..base.errors import UserError
 from ..base.secrets import MASK, masked, names_secret, without_secrets
 from ..base.yamlfiles import Config, parse, write_flow
 
-TRACKING = re.compile("(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel)(_|$)")
-"""Keys of experiment trackers in the schema of Axolotl 0.21; they do not affect training."""
-OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # `recipe run` sets these keys
-NOT_OF_ROWS = re.compile(
-    "|".join(
-        (
-            *OF_THE_RUN,
-            TRACKING.pattern,
-            "learning_rate|lr_|cosine_|warmup_|optim|adam_|weight_decay|max_grad_norm|num_epochs|max_steps|micro_batch_size",
-            "adapter$|lora|peft|bnb_|load_in_|gradient_|activation_offloading|bf16|fp16|tf32|attn_|[a-z]+_attention$",
-            "neftune_|early_stopping|embedding_lr|liger_|dataloader_|gc_steps|torch_compile|chunked_cross",
-            "evals_per_epoch|eval_(steps|strategy|batch_size|on_start)|save|logging_|hub_|load_best_model|metric_for_best",
-        )
-    )
-)
-"""Keys that do not affect the tokenized rows in Axolotl 0.21. Other keys may, unknown ones too."""
-NOT_OF_EVAL_TOKENS = re.compile(
-    f"{NOT_OF_ROWS.pattern}|deepspeed|fsdp|full_determinism|(eval_)?sample_packing|multipack|pad_to_|sdpa_varlen"
-    r"|datasets\.\d+\.path$"  # the hashes of the files decide
-)
-"""Keys that do not affect the tokens behind an eval loss per token in Axolotl 0.21. Others may, unknown ones too."""
-OF_EVAL_BATCHES = re.compile(
-    "(micro_|eval_)?batch_size|(eval_)?sample_packing|multipack|dataloader_drop_last|batch_flattening|(eval_)?sequence_len"
-)
-"""Keys that decide which rows share a batch in an evaluation by Axolotl 0.21, and so the Trainer's eval loss."""
-
 
 def merge(config: Config, changes: Config) -> Config:
     """Merge `changes` into `config`.

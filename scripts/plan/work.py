@@ -1,13 +1,12 @@
 """Training work of a config: tokens, steps, floating-point operations and time."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from ..base.errors import UserError
 from ..check import check
-from ..config import datafiles, models
+from ..config import datafiles, keys, models
 from ..config.compose import Composed
 from ..config.gpus import Gpu
 from ..config.training_settings import TrainingSettings
@@ -16,12 +15,6 @@ from .step_plan import StepPlan
 
 UTILIZATION = 0.3
 """Assumed share of the GPU's peak rate."""
-
-_DECIDES_TOKENS = re.compile(
-    r"trust_remote|datasets\b|dataset_exact|.*token|.*chat_template|default_system|"
-    "train_on_inputs|sequence_len|min_sample_len|excess_length|val_set_size"
-)
-"""Prefixes of dotted keys that determine training rows and tokens, but not padding; apart from the base model."""
 
 
 class TokenCount(StrEnum):
@@ -127,7 +120,7 @@ def published(composed: Composed) -> Lengths | None:
 
 def _declared_model(composed: Composed) -> str | None:
     """Base model under which study.yaml states the recipe's tokens; None if a changed setting changes their number."""
-    if any(_DECIDES_TOKENS.match(change.key) for change in composed.from_origin):
+    if any(keys.affects(change.key) == "rows" for change in composed.from_origin):
         return None
     return str(models.original(composed.config["base_model"]))
 

@@ -15,7 +15,7 @@ from ..base.hub import importing_axolotl
 from ..base.paths import template_environment
 from ..base.secrets import names_secret, without_secrets
 from ..base.yamlfiles import Config
-from ..config import consent, datafiles, merging, models
+from ..config import datafiles, keys, merging, models
 from ..config.merging import Override
 from ..data import studies
 from ..data.declaration import Data
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 # Licences of language models in https://huggingface.co/docs/hub/repositories-licenses
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
-# Keys that hold local folders, or accounts and hosts to which a run reports
-_NOT_SHOWN = re.compile(f"output_dir|dataset_prepared_path|plugins|hub_|{merging.TRACKING.pattern}")
 _PATCH = "@@ -1 +1 @@\n-x = 1\n+x = 2"
 _LOCAL_PATH = re.compile(r"(?<![\w.<>/~-])(?:\.\.(?:/[^\s/=,:'\")\]}]+)+|(?:file://)?(?:/[^\s/=,:'\")\]}]+){2,})")
 
@@ -308,9 +306,9 @@ def _template() -> Any:
 
 def is_private(key: str) -> bool:
     """True if a dotted key holds a secret, a local folder, an account or a host."""
-    if consent.entry_of(key).get("kind") in ("write", "host", "account"):
+    if keys.find(key).kind in ("write", "host", "account") or keys.affects(key) in ("upload", *keys.NOT_TRAINED):
         return True
-    return bool(_NOT_SHOWN.match(key)) or names_secret(key)
+    return merging.top_key(key) == "plugins" or names_secret(key)
 
 
 def _sets_private(override: Override) -> bool:

@@ -1,13 +1,12 @@
 """Results of a run beside published scores."""
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ..base.files import Row
 from ..base.yamlfiles import Config
-from ..config import datafiles, merging, models
+from ..config import datafiles, keys, merging, models
 from ..config.compose import REHEARSAL
 from ..config.merging import Difference, Source
 from ..data import manifest, studies
@@ -20,8 +19,6 @@ from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord, i
 from ..run.rundir import RunDir
 from ..training.run_record import Run, Summary
 from .score_records import PROFILES
-
-_SAME_TRAINING = re.compile(r"seed|(test_)?datasets\b.*\.path")  # keys; the hashes of data files are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +139,7 @@ class RunResult:
     def changes(self) -> Config:
         """Settings that the user changed, with the run's values; without those of trackers."""
         differences = [change.without_secrets() for change in self.run.differences if not _is_rehearsed(change.source)]
-        return {change.key: change.run for change in differences if not merging.TRACKING.match(change.key)}
+        return {change.key: change.run for change in differences if keys.affects(change.key) != "tracking"}
 
     @property
     def rows_evaluated(self) -> int | None:
@@ -191,17 +188,18 @@ class RunResult:
         if self._keys_of_tokens:
             return f"the eval loss may cover other tokens than the recipe's, by {', '.join(self._keys_of_tokens)}"
         if any(map(is_of_trainer, losses)) and self._keys_of_batches:
-            keys = ", ".join(self._keys_of_batches)
-            return f"the Trainer's eval loss is a mean over batches, which differ from the recipe's by {keys}"
+            changed = ", ".join(self._keys_of_batches)
+            return f"the Trainer's eval loss is a mean over batches, which differ from the recipe's by {changed}"
         return None
 
     @property
     def _keys_of_tokens(self) -> list[str]:
         """Changed keys that may affect the tokens behind the eval loss."""
-        keys = [key for key in other_settings(self.run) if not merging.NOT_OF_EVAL_TOKENS.match(key)]
-        if "seed" in keys and not self._seed_selects_rows:
-            keys.remove("seed")
-        return keys
+        changed = [key for key in other_settings(self.run) if keys.affects(key) in keys.EVALUATED]
+        changed = [key for key in changed if not _is_training_path(key)]
+        if "seed" in changed and not self._seed_selects_rows:
+            changed.remove("seed")
+        return changed
 
     @property
     def _seed_selects_rows(self) -> bool:
@@ -220,14 +218,14 @@ class RunResult:
     @property
     def _keys_of_batches(self) -> list[str]:
         """Changed keys that may put other rows into a batch of the evaluation."""
-        keys = [key for key in other_settings(self.run) if merging.OF_EVAL_BATCHES.match(key)]
-        if "micro_batch_size" in keys and self.config.get("eval_batch_size"):
-            keys.remove("micro_batch_size")  # the default of eval_batch_size
+        changed = [key for key in other_settings(self.run) if keys.affects(key) in ("packing", "batches")]
+        if "micro_batch_size" in changed and self.config.get("eval_batch_size"):
+            changed.remove("micro_batch_size")  # the default of eval_batch_size
         if "seed" in other_settings(self.run) and self._seed_orders_rows:
-            keys.append("seed")
+            changed.append("seed")
         if self.run.ranks > 1:
-            keys.append("the number of GPUs")
-        return keys
+            changed.append("the number of GPUs")
+        return changed
 
     @cached_property
     def scores(self) -> dict[str, RunScore]:
@@ -282,7 +280,7 @@ class RunResult:
                     return True
                 verified += is_the_studys(entry)
         for difference in self.run.from_origin:
-            if merging.top_key(difference.key) == "datasets" and difference.key.endswith("path"):
+            if _is_training_path(difference.key):
                 return verified == 0 or verified < len(self.run.data)
         return False
 
@@ -317,14 +315,19 @@ def other_settings(run: Run) -> Config:
 def other_training(run: Run) -> Config:
     """`other_settings` without the seed and the paths of data."""
     changes = other_settings(run)
-    return {key: value for key, value in changes.items() if not _SAME_TRAINING.fullmatch(key)}
+    return {key: value for key, value in changes.items() if key != "seed" and keys.find(key).kind != "data"}
+
+
+def _is_training_path(key: str) -> bool:
+    """True for the path of rows to train on; `other_data` compares the files."""
+    return keys.find(key).kind == "data" and keys.affects(key) == "rows"
 
 
 def trained_settings(cfg: Config) -> Config:
     """Settings of a config by dotted key, without trackers and output folders."""
     settings = {}
     for key, value in merging.flatten(cfg):
-        if merging.top_key(key) not in merging.OF_THE_RUN and not merging.TRACKING.match(key):
+        if keys.affects(key) not in keys.NOT_TRAINED:
             settings[key] = value
     return settings
 
@@ -342,4 +345,4 @@ def _is_negligible(change: Difference) -> bool:
         return True
     if change.source.kind == "profile" and change.source.name in PROFILES:
         return True
-    return change.key in merging.OF_THE_RUN or bool(merging.TRACKING.match(change.key))
+    return keys.affects(change.key) in keys.NOT_TRAINED

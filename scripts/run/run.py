@@ -16,10 +16,9 @@ from ..base.secrets import without_secrets
 from ..base.terminal import Bar, say, say_once
 from ..base.yamlfiles import Config
 from ..check import check
-from ..config import datafiles, gpus, substitution
+from ..config import datafiles, gpus, keys, substitution
 from ..config.compose import Composed, Request, compose, filled, is_rehearsal
 from ..config.finding import Finding, override_errors, refuse, unknown_force
-from ..config.merging import OF_THE_RUN
 from ..training.run_record import Run, collect
 from . import backends, launch, trust
 from .backends import Backend, Command, Task, TaskResult
@@ -127,7 +126,7 @@ def preview(request: Request, backend: Backend) -> str:
         training = resume_command(folder, TaskResult(composed.recipe))
         return backend.preview(training, _gpus_a_node(composed, request), request.nodes)
     recipe = yamlfiles.read_yaml(composed.recipe_file)  # show the recipe's own output folders, for plain Axolotl
-    config = composed.config | {key: recipe[key] for key in OF_THE_RUN if key in recipe}
+    config = composed.config | {key: recipe[key] for key in keys.affecting("run") if key in recipe}
     return yamlfiles.write_yaml(without_secrets(config))
 
 

@@ -21,18 +21,16 @@ from ..base.files import Row
 from ..base.tables import print_table
 from ..base.terminal import say
 from ..base.yamlfiles import Config
-from ..config import consent, datafiles, merging
+from ..config import datafiles, keys, merging
 from ..config.datafiles import DatasetRef
 from ..config.merging import Override, Source
 from ..config.origin import header_of
 
 TABLES = paths.TEMPLATES / "old-axolotl.yaml"
 _NO_SIGN = "no key of an older release"
-_OF_ACCOUNT = re.compile(rf"{merging.TRACKING.pattern}|hub_")
 _SHAREGPT = re.compile(r"sharegpt(?:_simple|:chat)?(?:\.(.*))?")
-_LAST_WITH_SHAREGPT = Version(
-    "0.4.1"
-)  # v0.5.0 refuses it: src/axolotl/utils/config/models/input/v0_4_1/__init__.py:786
+# v0.5.0 refuses it: src/axolotl/utils/config/models/input/v0_4_1/__init__.py:786
+_LAST_WITH_SHAREGPT = Version("0.4.1")
 _OF_SHAREGPT = ("conversation", "strict", "field_human", "field_model")
 """Keys of a data set that only type sharegpt reads."""
 _OF_ROLES = {"user": "field_human", "assistant": "field_model"}
@@ -250,9 +248,9 @@ class Migration:
         elif isinstance(tokens, dict):
             self.set("tokens", list(tokens), "Axolotl reads a list")
 
-    def leave(self, keys: Iterable[str]) -> None:
+    def leave(self, names: Iterable[str]) -> None:
         """Remove keys with the author's accounts, projects and hosts."""
-        for key in keys:
+        for key in names:
             self.set(key, None, "the author's account, project or host; `--profile wandb`, `recipe publish` use yours")
 
     def update_datasets(self) -> None:
@@ -318,9 +316,9 @@ class Migration:
             return False
         return "with" not in entry or self._has(*entry["with"])
 
-    def _has(self, *keys: str) -> bool:
+    def _has(self, *names: str) -> bool:
         """True if one of several keys is on."""
-        return any(self.config.get(key) for key in keys)
+        return any(self.config.get(key) for key in names)
 
     def meanings(self) -> list[str]:
         """Changes since the config's release that no key undoes."""
@@ -348,7 +346,7 @@ class Migration:
         """The changes as overrides, except for keys that a run sets."""
         migrated: list[Override] = []
         for key in self.reasons():
-            if key not in merging.OF_THE_RUN:
+            if keys.affects(key) != "run":
                 migrated.append(MigratedOverride(key, self.config.get(key), place=self.old.place(key)))
         return migrated
 
@@ -413,7 +411,7 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
     if old.is_current:
         migration = Migration(old, supported(), old.sign, config)
         if old.sign:
-            migration.leave(key for key in config if consent.entry_of(key).get("kind") in ("account", "host"))
+            migration.leave(key for key in config if keys.find(key).kind in ("account", "host"))
         return migration
     empty = [key for key, value in config.items() if value is None]
     config = merging.apply(config, [*map(Override, empty), *overrides])
@@ -424,7 +422,7 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
     migration.update_fsdp()
     migration.replace_keys()
     migration.list_tokens()
-    migration.leave(filter(_OF_ACCOUNT.match, migration.config))
+    migration.leave(key for key in migration.config if keys.affects(key) in ("upload", "tracking"))
     migration.update_datasets()
     migration.skip_evaluation()
     migration.state_defaults()

@@ -17,7 +17,7 @@ from ..base.files import sha256, write_atomically
 from ..base.yamlfiles import Config
 from ..check import check
 from ..check.check import Report
-from ..config import compose, datafiles, merging, models
+from ..config import compose, datafiles, keys, merging, models
 from ..config.finding import refuse
 from ..config.merging import Override
 from ..config.origin import Header, origin_of
@@ -28,12 +28,6 @@ from .render import SPECIAL_TOKENS, ModelFacts, describe
 
 _ABSENT = re.compile(r"(?m)^# (variant, removed: )?(revision_of_model|special_tokens)( is not set)?: .*\n")
 """Comments about keys of the base model that are not set."""
-# Keys that suit only one model; `for_model` drops them
-_OF_ONE_MODEL = (
-    *("tokenizer_config", "tokenizer_type", "model_type", "base_model_config", "processor_type"),
-    *("added_tokens_overrides", "overrides_of_model_config", "model_config", "model_revision", "lora_model_dir"),
-    *("is_falcon_derived_model", "is_llama_derived_model", "is_mistral_derived_model", "is_qwen_derived_model"),
-)
 
 
 @dataclass
@@ -206,8 +200,8 @@ def _model_changes(recipe: Config, name: str, facts: ModelFacts) -> dict[str, Ch
     }
     if facts.pad_token:
         changes["special_tokens"] = Change({"pad_token": facts.pad_token}, f"{SPECIAL_TOKENS}; {facts.pad_reason}")
-    for key in _OF_ONE_MODEL:
-        if key in recipe:
+    for key in keys.of_one_model():
+        if key in recipe and key not in changes:
             changes[key] = Change(None, "valid only for the former model")
     targets = merging.listed(recipe, "lora_target_modules")
     if facts.targets(targets) != targets:
