@@ -46,7 +46,7 @@ EngineName = Annotated[
     typer.Option(
         "--engine",
         metavar="transformers|vllm|URL",
-        help="Inference engine; URL: a vLLM or llama.cpp server (docs/laptop.md). `make vllm` installs vllm.",
+        help="Inference engine. URL: vLLM or llama.cpp server (docs/laptop.md). `make vllm` installs vllm.",
     ),
 ]
 ServersModel = Annotated[

@@ -3,13 +3,12 @@
 import json
 import re
 import tomllib
+from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from ..base import paths, yamlfiles
-from ..base.errors import UserError
+from ..base.errors import UserError, did_you_mean
 from ..base.files import Row, sha256
 from ..base.secrets import without_secrets
 from ..base.terminal import say
@@ -18,7 +17,8 @@ from . import keys, merging
 _BLOCK = re.compile(r"^# /// recipe\n((?:#(?: .*)?\n)*?)# ///$", re.MULTILINE)
 
 
-class Header(BaseModel):
+@dataclass
+class Header:
     """Block of facts at the head of a recipe, in the form of Python's inline metadata (PEP 723).
 
     It is written in comments, so that the file stays a plain config of Axolotl. No other comment decides anything.
@@ -31,8 +31,6 @@ class Header(BaseModel):
         axolotl: release of Axolotl for which the file was written.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     name: str = ""
     parent: str = ""
     parent_sha256: str = ""
@@ -41,8 +39,8 @@ class Header(BaseModel):
 
     def lines(self) -> list[str]:
         """The block's lines, without empty fields."""
-        fields = self.model_dump(exclude_defaults=True)
-        lines = [f"# {field} = {json.dumps(value, ensure_ascii=False)}" for field, value in fields.items()]
+        fields = asdict(self).items()
+        lines = [f"# {field} = {json.dumps(value, ensure_ascii=False)}" for field, value in fields if value]
         return ["# /// recipe", *lines, "# ///"]
 
 
@@ -57,15 +55,26 @@ def header_of(file: Path) -> Header:
     block = _BLOCK.search(head)
     if block is None:
         return Header()
+    problem, fields = _parsed(block[1])
+    if problem:
+        line = head.count("\n", 0, block.start()) + 1
+        remedy = "correct the lines between # /// recipe and # ///"
+        raise UserError(f"header: {problem}", file=file, line=line, remedy=remedy)
+    return Header(**fields)
+
+
+def _parsed(lines: str) -> tuple[str, dict[str, str]]:
+    """Problem with the lines of a header, if any, and their fields."""
     try:
-        return Header(**tomllib.loads(re.sub("(?m)^# ?", "", block[1])))
-    except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"header: {first['loc'][0]}: {yamlfiles.in_words(first)}"
+        fields = tomllib.loads(re.sub("(?m)^# ?", "", lines))
     except tomllib.TOMLDecodeError as error:
-        problem = f"header: not TOML: {error}"
-    line = head.count("\n", 0, block.start()) + 1
-    raise UserError(problem, file=file, line=line, remedy="correct the lines between # /// recipe and # ///")
+        return f"not TOML: {error}", {}
+    for field, value in fields.items():
+        if field not in asdict(Header()):
+            return f"{field} is unknown{did_you_mean(field, asdict(Header()))}", {}
+        if not isinstance(value, str):
+            return f"{field}: not text", {}
+    return "", fields
 
 
 def origin_of(name: str, file: Path) -> str | None:

@@ -54,7 +54,7 @@ def test_an_eval_loss_is_per_token_or_the_trainers(entry, losses, value):
 def test_an_eval_loss_of_something_else_is_refused():
     with pytest.raises(WrongMetric) as raised:
         registry.column("loss", {"metric": "eval_loss", "by": "rows"})
-    assert str(raised.value) == "of: Input should be 'tokens' or 'trainer', not rows; eval_loss takes of"
+    assert str(raised.value) == "by: Input should be 'tokens' or 'trainer', not rows; eval_loss takes by"
 
 
 def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label():

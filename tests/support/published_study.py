@@ -42,7 +42,7 @@ FILES = {
 STUDY = f"""
 metrics: {{bleu4: {{}}, chrf: {{}}, eval_loss: {{}}}}
 shown: [bleu4]
-variants: {{}}
+ablations: {{}}
 published:
   {RECIPE}:
     scores: {{bleu4: 50.0}}
