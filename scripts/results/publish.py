@@ -1,5 +1,6 @@
 """Publish a run's adapter: model card, merged model, push to the hub."""
 
+import glob
 import os
 import re
 import shutil
@@ -126,9 +127,8 @@ def _merge(result: RunResult) -> Path:
             file.rename(part / file.name)
         (part / "merged").rmdir()
         (part / "debug.log").unlink(missing_ok=True)  # Axolotl's own log; merge.log has its output
-        for pattern in _TOKENIZER:
-            for file in folder.output.glob(pattern):
-                shutil.copy2(file, part)  # Axolotl copies the base model's tokenizer, without added tokens
+        for file in _published(folder.output, _TOKENIZER):
+            shutil.copy2(file, part)  # Axolotl copies the base model's tokenizer, without added tokens
         if lost := lost_in_merge(result.config, read_json(part / "config.json")):  # the base model's
             problem = f"Axolotl's merge loses the trained {', '.join(lost)}"
             raise UserError(problem, file=folder.config_file, remedy="publish the adapter, without --merge and --gguf")
@@ -228,13 +228,26 @@ def _refuse_push(run_dir: RunDir, run: Run, repository: str) -> None:
         raise UserError(problem, key="--push", remedy="train with base_model set to its name on the hub")
 
 
+def _published(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Files of a model's folder that match a pattern.
+
+    Raises:
+        UserError: one is a link, which could lead to a secret.
+    """
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and any(map(file.match, patterns))]
+    for file in files:
+        if file.is_symlink():
+            raise UserError("is a link; its target would be published", file=file, remedy="put a copy there")
+    return files
+
+
 def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
     """Upload a model's folder and return the repository's URL."""
     from huggingface_hub import HfApi
 
     api = HfApi()
     patterns = _PUSHED if (model / ADAPTER).is_file() else _PUSHED_MERGED
-    names = [file.name for file in sorted(filter(Path.is_file, model.iterdir())) if any(map(file.match, patterns))]
+    names = [file.name for file in _published(model, patterns)]
     say(f"upload: {', '.join(names)}")
     try:
         # None leaves the decision to an organization's default; False would not
@@ -242,9 +255,9 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
         if private and not api.repo_info(repository).private:
             problem = f"{repository} exists and is public"
             raise UserError(problem, key="--private", remedy="make it private on the hub first")
-        api.upload_folder(
-            repo_id=repository, folder_path=model, allow_patterns=names, commit_message=f"Model of {recipe}"
-        )
+        patterns = list(map(glob.escape, names))
+        message = f"Model of {recipe}"
+        api.upload_folder(repo_id=repository, folder_path=model, allow_patterns=patterns, commit_message=message)
     except UserError:
         raise
     except Exception as error:  # from the hub, the network or the token

@@ -485,6 +485,30 @@ def test_a_push_lists_and_brings_the_adapter_its_tokenizer_and_its_card(run, hub
     assert 'PeftModel.from_pretrained(base, "owner/model")' in card(run.output)[1]
 
 
+@pytest.mark.parametrize("options", [{"push": "owner/model"}, {"merge": True}], ids=str)
+def test_a_link_is_not_published(run, hub, fake_axolotl, monkeypatch, options):
+    monkeypatch.setattr(launch, "AXOLOTL", fake_axolotl.with_name("axolotl"))
+    shutil.rmtree(run.output / "merged")
+    (run.output / "tokenizer.json").rename(run.path / "credentials")
+    (run.output / "tokenizer.json").symlink_to(run.path / "credentials")
+    with pytest.raises(UserError) as refused:
+        publish.publish(run, **options)
+    assert str(refused.value) == (
+        f"{run.output}/tokenizer.json: is a link; its target would be published; put a copy there"
+    )
+    assert hub.files == {} and not (run.output / "merged").exists()
+
+
+def test_a_push_takes_no_name_for_a_pattern(run, hub):
+    merged = run.output / "merged"
+    (merged / "LICENSES").mkdir(parents=True)
+    (merged / "LICENSES" / "credentials").touch()
+    for name in ("config.json", "model.safetensors", "LICENSE*"):
+        (merged / name).touch()
+    publish._push(merged, "owner/model", private=False, recipe="r")
+    assert set(hub.files) == {"config.json", "model.safetensors", "LICENSE*"}
+
+
 def test_a_push_of_a_merge_brings_the_merged_model(run, hub, capsys):
     merged = run.output / "merged"
     for name in ("config.json", "LICENSE.txt", "README.md", "pytorch_model.bin", "x.log"):
