@@ -118,11 +118,12 @@ def running_server(prompter: "Prompter", prompts: Sequence[list[int]], part: Pat
     if len(prompter.tokenizer) > prompter.config.get_text_config().vocab_size:
         raise UserError("--engine vllm: cannot serve a base model with tokens added in training; leave --engine out")
     longest = max(map(len, prompts)) + settings.decoding.max_new_tokens
-    port, key, log = _free_port(), secrets.token_hex(16), part.with_name("vllm.log")
+    key, log = secrets.token_hex(16), part.with_name("vllm.log")
     environment = os.environ | PRIVATE | {"VLLM_API_KEY": key}
     if for_cpu():
         environment |= ON_CPU
     model = str(weights_folder(prompter)) if settings.quantized else settings.base_model
+    port = _free_port()
     with naming(log), opened(log, "wb") as stream:
         command = _command(prompter, model, longest, port)
         server = start_child(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
@@ -183,14 +184,17 @@ def _free_port() -> int:
 
 
 async def _wait(api: "Api", server: "subprocess.Popen[bytes]") -> None:
-    """Wait until the server lists its models, which means that it is ready."""
+    """Wait until the server lists its models, which means that it is ready.
+
+    Another server may have taken the port. vLLM then ends.
+    """
     import openai
 
     deadline = time.monotonic() + TIMEOUT
     while server.poll() is None and time.monotonic() < deadline:
-        with suppress(openai.APIError, TimeoutError):
-            await api.models()
-            return
+        with suppress(openai.APIError, ValueError, TimeoutError):
+            if "base" in {model.id for model in await api.models()}:
+                return
         await asyncio.sleep(0.5)
     raise WorkFailed(f"vLLM ended, or was not ready within {TIMEOUT} s")
 

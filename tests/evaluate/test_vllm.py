@@ -9,11 +9,12 @@ from typing import Any
 import psutil
 import pytest
 import random_models
+from a_server import serving
 from conftest import SUPPORT
 from run_folders import a_tiny_run, configure
 
 from qlora_recipes.base.errors import UserError, WorkFailed
-from qlora_recipes.evaluate import evaluate
+from qlora_recipes.evaluate import evaluate, vllm
 from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
 from qlora_recipes.evaluate.scores_file import SCORES, Evaluation, EvaluationSettings, read_predictions
 from qlora_recipes.run.rundir import RunDir
@@ -34,7 +35,9 @@ if Path(__file__).with_name("broken").exists():
 def reply(body):
     Path(__file__).with_name(f"{{len(body['prompt'])}}.tokens").touch()
     return completed("", token_ids=body["prompt"][: body["max_tokens"]])
-AServer(reply, int(given["--port"])).serve_forever(0.02)
+server = AServer(reply, int(given["--port"]))
+server.models = 200, {{"data": [{{"id": given["--served-model-name"]}}]}}
+server.serve_forever(0.02)
 """
 
 
@@ -115,6 +118,16 @@ def test_a_vllm_that_does_not_start_says_why(run, fake_vllm):
     with pytest.raises(WorkFailed, match=r"RuntimeError: no kernel .*\n.* 3; .*vllm\.log"):
         evaluated(run, engine="vllm")
     assert not (run.path / SCORES).exists()
+
+
+@pytest.mark.parametrize("models", [{"data": [{"id": "other"}]}, []], ids=str)
+def test_a_server_that_took_the_port_is_not_asked(run, fake_vllm, monkeypatch, models):
+    with serving(lambda body: None) as server:
+        server.models = 200, models
+        monkeypatch.setattr(vllm, "_free_port", lambda: server.server_port)
+        with pytest.raises(WorkFailed, match=r"(?s)URL already in use.*vLLM has ended with code 1"):
+            evaluated(run, engine="vllm")
+    assert server.requests == []
 
 
 def test_the_served_weights_are_those_that_the_reference_computes_with(run):
