@@ -11,7 +11,7 @@ a chat. Tried with llama.cpp of October 2026:
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import batched, takewhile
 from operator import eq, sub
@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..base.errors import UserError, WorkFailed
 from ..base.terminal import Bar, say
-from .scores_file import Distance, Example, ServedFile, sampled, until_end
+from .scores_file import Completion, Distance, Example, ServedFile, sampled, until_end
 from .server import RETRIES, Api, Listed, Server, TokenId, api_at, cause
 
 if TYPE_CHECKING:
@@ -161,6 +161,17 @@ class LlamaServer(Server):
     def __init__(self, prompter: "Prompter", api: Api, file: ServedFile, at_once: int):
         super().__init__(prompter, api, str(prompter.settings.model), at_once)
         self.file = file
+
+    def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Completion]]:
+        """Implement `Server.generate`; llama.cpp's server answers to any model's name.
+
+        Raises:
+            WorkFailed: another server, or none, is at the URL.
+        """
+        for answers in super().generate(prompts, done):
+            if served_file(self.api.url, self.model) != self.file:
+                raise WorkFailed(f"{self.api.url}: no longer serves {self.file}; start the server again with this file")
+            yield answers
 
     def options(self, i: int) -> dict[str, object]:
         """Implement `Server.options`; the list of samplers leaves out penalties that the server has by default."""

@@ -75,6 +75,19 @@ def test_answers_are_truncated_at_the_ends_of_the_run():
     assert [request[key] for key in ("prompt", "samplers", "temperature")] == [[5, 6], ["temperature"], 0]
 
 
+def test_answers_of_another_file_are_not_taken():
+    llama, other = FakeLlama(), FakeLlama(quantization="Q8_0", bits=8)
+    with serving_llama(llama) as server:
+        answers = engine(server, llama).generate([[5, 6]] * 9, ())
+        next(answers)
+        server.models, server.others["/props"] = other.models(), other.props()  # another process, on the same port
+        with pytest.raises(WorkFailed) as refused:
+            next(answers)
+    assert str(refused.value).replace(server.url, "URL") == (
+        "URL/v1/: no longer serves m-f16.gguf (F16, 16.0 bits); start the server again with this file"
+    )
+
+
 def test_an_answer_that_ends_at_a_text_is_refused():
     llama = FakeLlama(ends={2, 50}, answer=[7, 50])
     with serving_llama(llama) as server, pytest.raises(WorkFailed) as refused:
