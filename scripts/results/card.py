@@ -81,7 +81,7 @@ class Card:
     def run(self) -> Row:
         """Public part of run.json."""
         run = self.result.run
-        overrides = [override.text for override in run.overrides if not _sets_private(override)]
+        overrides = [override.text for override in run.overrides if not _holds_private(override.key, override.value)]
         dumped = run.model_dump(exclude={"differences", "of_variant"})
         return self._public(dumped | {"overrides": overrides})
 
@@ -90,7 +90,7 @@ class Card:
         """Differences from the recipe, except those of private keys."""
         rows = []
         for difference in self.result.run.differences:
-            if not is_private(difference.key):
+            if not _holds_private(difference.key, difference.run):
                 shown = difference.without_secrets()
                 rows.append({"key": shown.key, "recipe": shown.recipe, "run": shown.run, "why": shown.source.text})
         return self._public(rows)
@@ -98,7 +98,8 @@ class Card:
     @cached_property
     def config(self) -> Config:
         """Public part of the run's config."""
-        config = {key: value for key, value in self.result.config.items() if not is_private(key)}
+        keys = [key for key, _ in merging.flatten(self.result.config) if is_private(key)]
+        config = merging.apply(self.result.config, map(Override, keys))
         plugins = [name for name in self.result.config.get("plugins") or [] if name != PLUGIN]
         if plugins:
             config["plugins"] = plugins
@@ -311,9 +312,9 @@ def is_private(key: str) -> bool:
     return merging.top_key(key) == "plugins" or names_secret(key)
 
 
-def _sets_private(override: Override) -> bool:
-    """True if an override sets a private key, possibly a nested one."""
-    return any(is_private(below) for below, _ in merging.flatten(override.value, override.key))
+def _holds_private(key: str, value: Any) -> bool:
+    """True if a key, or a key in its value, is private."""
+    return any(is_private(below) for below, _ in merging.flatten(value, key))
 
 
 def _arguments(decoding: studies.Decoding) -> str:

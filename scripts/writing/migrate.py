@@ -4,7 +4,7 @@ templates/old-axolotl.yaml has the tables: renamed and removed keys, changed def
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -248,10 +248,12 @@ class Migration:
         elif isinstance(tokens, dict):
             self.set("tokens", list(tokens), "Axolotl reads a list")
 
-    def leave(self, names: Iterable[str]) -> None:
-        """Remove keys with the author's accounts, projects and hosts."""
-        for key in names:
-            self.set(key, None, "the author's account, project or host; `--profile wandb`, `recipe publish` use yours")
+    def leave(self, effects: Collection[str] = ()) -> None:
+        """Remove the author's accounts and hosts, and all keys with some effects, see keys.yaml."""
+        reason = "the author's account, project or host; `--profile wandb`, `recipe publish` use yours"
+        for key, value in merging.flatten(self.config):
+            if keys.affects(key) in effects or keys.find(key).kind in ("account", "host"):
+                self.replace(KeyChange(key, value, key, None, reason))
 
     def update_datasets(self) -> None:
         """Turn rows of type sharegpt, and renamed keys of data sets, into today's."""
@@ -411,7 +413,7 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
     if old.is_current:
         migration = Migration(old, supported(), old.sign, config)
         if old.sign:
-            migration.leave(key for key in config if keys.find(key).kind in ("account", "host"))
+            migration.leave()
         return migration
     empty = [key for key, value in config.items() if value is None]
     config = merging.apply(config, [*map(Override, empty), *overrides])
@@ -422,7 +424,7 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
     migration.update_fsdp()
     migration.replace_keys()
     migration.list_tokens()
-    migration.leave(key for key in migration.config if keys.affects(key) in ("upload", "tracking"))
+    migration.leave(("upload", "tracking"))
     migration.update_datasets()
     migration.skip_evaluation()
     migration.state_defaults()

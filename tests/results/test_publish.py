@@ -233,6 +233,10 @@ SECRETS = {
     "comet_experiment_config": {"COMET_API_KEY": "planted"},
     "lora_qkv_name": "hf_planted" + "1A" * 9,
     "lora_uri": "https://user:planted/word@example.org",
+    "trl": {"beta": 0.1, "vllm_server_host": "planted.example"},
+    "vllm": {"host": "10.0.0.1.planted"},
+    "hatchery": {"base_url": "https://planted.example"},
+    "dynamic_checkpoint": {"enabled": True, "trigger_file_path": "planted.txt"},
 }
 
 

@@ -327,11 +327,16 @@ def test_a_config_of_this_release_loses_only_accounts_and_hosts(place, recipe):
         "learning_rate": 0.1,
     }
     theirs = {"hub_model_id": "theirs/model", "mlflow_tracking_uri": "https://theirs.org", "wandb_entity": "theirs"}
-    (place / "new.yml").write_text(yamlfiles.write_yaml(config | theirs))
+    nested = {"trl": {"beta": 0.1, "vllm_server_host": "theirs.org"}}
+    (place / "new.yml").write_text(yamlfiles.write_yaml(config | theirs | nested))
     done = recipe.ok("new", "mine", "--from", "new.yml", "--set", "wandb_entity=mine", "--set", "num_epochs=2")
-    assert yamlfiles.read_yaml(place / "variants/mine.yaml") == config | {"wandb_entity": "mine", "num_epochs": 2}
+    assert yamlfiles.read_yaml(place / "variants/mine.yaml") == config | {
+        "trl": {"beta": 0.1},
+        "wandb_entity": "mine",
+        "num_epochs": 2,
+    }
     rows = [line.replace("'", "").split()[:3] for line in done.stdout.splitlines() if "removed" in line]
-    assert rows == [[key, value, "removed"] for key, value in theirs.items()]
+    assert rows == [[key, value, "removed"] for key, value in (*theirs.items(), ("trl.vllm_server_host", "theirs.org"))]
 
 
 def test_the_users_settings_win(place, recipe):
