@@ -1,6 +1,7 @@
 """Exceptions that end a command with a message instead of a traceback."""
 
 import re
+import shlex
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -127,3 +128,8 @@ def _matches(part: str, choices: Collection[str]) -> set[str]:
     start = re.compile(rf"(?<![^\W_]){re.escape(part)}")
     having = {choice for choice in choices if start.search(choice.lower())}
     return {choice for choice in having if choice.rpartition("/")[0] not in having}
+
+
+def recipe_command(*words: object) -> str:
+    """Command of this project as messages show it, with its words quoted for a shell."""
+    return f"`recipe {shlex.join(map(str, words))}`"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError
+from ..base.errors import UserError, recipe_command
 from ..base.files import Row
 from ..base.hub import importing_axolotl
 from ..base.yamlfiles import Config
@@ -104,10 +104,10 @@ def tokenize_all(report: Report, request: Request) -> None:
     if report.composed is None or not report.data:
         return
     if not has_tokenizer(report.composed):
-        checked = shlex.join([request.name, *request.options])
-        command = f"`recipe check {checked} --all-rows --rehearse --set 'datasets.0.split=train[:1000]'`"
-        remedy = f"{command} takes a small model's"
-        report.skip(f"skipped tokenizing the rows: no tokenizer on this machine; {remedy}", "base_model")
+        words = ["check", request.name, *request.options, "--all-rows", "--rehearse"]
+        command = recipe_command(*words, "--set", "datasets.0.split=train[:1000]")
+        problem = "skipped tokenizing the rows: no tokenizer on this machine"
+        report.skip(f"{problem}; {command} takes a small model's", "base_model")
         return
     try:
         tokenize(report, report.composed, request.ranks)

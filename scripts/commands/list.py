@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..base import paths, tables, yamlfiles
-from ..base.errors import UserError
+from ..base.errors import UserError, recipe_command
 from ..base.files import Row, read_json
 from ..base.terminal import harmless, say
 from .help import Command, suggest
@@ -43,7 +43,7 @@ def list_command(
     rows = [row for row in _listed() if _matches(row, name)]
     if not rows:
         paths.find_recipe(name)  # refuses other words than files, and suggests similar names
-        raise UserError(f"{name}: a file, not a name; `recipe show {name}` prints its settings")
+        raise UserError(f"{name}: a file, not a name; {recipe_command('show', name)} prints its settings")
     by_study: dict[str, list[Row]] = {}
     for row in rows:
         by_study.setdefault(row["study"] or "Without a study", []).append(_shown(row))

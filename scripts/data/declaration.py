@@ -1,13 +1,12 @@
 """Declaration of a study's data in study.yaml: origin and preparation."""
 
-import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from ..base.errors import did_you_mean
+from ..base.errors import did_you_mean, recipe_command
 
 SPLITS = ("train", "valid", "test")
 
@@ -232,8 +231,10 @@ class Data(Strict):
 
     def fetch_command(self, sources: Iterable[str]) -> str:
         """Command that fetches sources; it names them, because it would leave out some by default."""
-        only = [f"--only {shlex.quote(source)}" for source in sources]
-        return f"`recipe data fetch {self.key} {' '.join(only)}`"
+        words = ["data", "fetch", self.key]
+        for source in sources:
+            words += ["--only", source]
+        return recipe_command(*words)
 
     @property
     def formats(self) -> dict[str, PreparedFormat]:

@@ -19,7 +19,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..base.errors import UserError
+from ..base.errors import UserError, recipe_command
 from ..base.files import Row, json_rows, parse_json, reading
 from .declaration import Data
 
@@ -404,7 +404,9 @@ def fetched_files(data: Data) -> list[Path]:
         file = data.raw / name
         if not file.is_file():
             source = data.sources_of([name])[0]
-            remedy = "copy it there" if data.sources[source].is_own else f"run `recipe data fetch {data.key}`"
+            remedy = f"run {recipe_command('data', 'fetch', data.key)}"
+            if data.sources[source].is_own:
+                remedy = "copy it there"
             remedy += ", or give its folder to `recipe data prepare --study STUDY`"
             raise UserError("no such file", file=file, remedy=remedy)
     return [data.raw / name for name in data.raw_files]

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, meant, require_plain
+from ..base.errors import UserError, meant, recipe_command, require_plain
 from ..base.terminal import say_once
 from ..base.yamlfiles import Config
 from ..metrics import registry
@@ -255,7 +255,7 @@ def _loaded(folder: Path) -> Study | None:
     try:
         return load(folder)
     except UserError as error:
-        hint = f"see `recipe study check {folder.name}`"
+        hint = f"see {recipe_command('study', 'check', folder.name)}"
         say_once(f"warning: the study {folder.name} is left out: {error.summary}; {hint}")
         return None
 
@@ -291,7 +291,8 @@ def prepare_commands(path: str) -> str | None:
     """Commands that write a file of prepared rows; None for other files."""
     for study, _ in prepared_formats(path):
         if Path(path).name in {f"{split}.jsonl" for split in (*study.data.splits, *study.data.subsets)}:
-            return f"`recipe data fetch {study.data.key}` and `recipe data prepare --study {study.folder.name}`"
+            fetch = recipe_command("data", "fetch", study.data.key)
+            return f"{fetch} and {recipe_command('data', 'prepare', '--study', study.folder.name)}"
     return None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base import hub
-from ..base.errors import UserError, WorkFailed, one_line
+from ..base.errors import UserError, WorkFailed, one_line, recipe_command
 from ..base.files import opened, read_json, sha256, tensor_shapes, write_atomically
 from ..base.processes import make_once, start_child
 from ..base.terminal import Bar, say
@@ -97,7 +97,7 @@ def _refuse_run(run_dir: RunDir, run: Run) -> None:
         problem = f"the adapter {run.published_adapter} was not trained here"
         raise UserError(problem, file=run_dir.path, remedy="publish another run")
     if tensor_shapes(adapter) is None:
-        remedy = f"restore a copy, or train again: `recipe run {run.recipe}`"
+        remedy = f"restore a copy, or train again: {recipe_command('run', run.recipe)}"
         raise UserError("damaged or missing", file=adapter, remedy=remedy)
 
 

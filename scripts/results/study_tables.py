@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 from ..base import tables
+from ..base.errors import recipe_command
 from ..base.files import Row
 from ..base.hardware import GIB
 from ..base.tables import Table
@@ -206,7 +207,7 @@ def _interval_notes(study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
     if differing:
         yield f"{', '.join(differing)}: the runs' eval losses cover different or unknown tokens, and have no mean."
     if any(row.lacks_seeds for row in rows):
-        command = f"`recipe reproduce {study.folder.name} --seeds 3`"
+        command = recipe_command("reproduce", study.folder.name, "--seeds", 3)
         yield f"Intervals of one run or one seed do not cover other seeds; {command} runs each recipe with three seeds."
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..base import hardware, paths, yamlfiles
-from ..base.errors import UserError
+from ..base.errors import UserError, recipe_command
 from ..base.files import sha256, write_atomically
 from ..base.secrets import without_secrets
 from ..base.terminal import Bar, say, say_once
@@ -163,7 +163,7 @@ def resume(
         say(f"{folder.path}: the run is finished")
         return folder
     if not folder.config_file.is_file():
-        remedy = f"restore it, or start a new run with `recipe run {record.recipe}`"
+        remedy = f"restore it, or start a new run with {recipe_command('run', record.recipe)}"
         raise UserError("missing", file=folder.config_file, remedy=remedy)
     is_own = trust.is_own(folder, record)
     if not (is_own or trusted):

@@ -13,7 +13,7 @@ from typing import Any, Self
 from pydantic import BaseModel, Field
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, meant, require_plain
+from ..base.errors import UserError, meant, recipe_command, require_plain
 from ..base.files import parse_json, read_bytes, write_atomically
 from ..base.paths import find_recipe
 from ..base.processes import held, now
@@ -424,7 +424,7 @@ def _full_name(name: str, names: list[str], hint: str) -> str:
         return meant(name, names, "run, sweep or study", hint)
     except UserError:
         recipe = meant(name, [*names, *paths.recipe_names()], "run, sweep, study or recipe", hint)
-        problem = f"{name}: no run of {recipe} below {paths.runs()}/; `recipe run {recipe}` starts one"
+        problem = f"{name}: no run of {recipe} below {paths.runs()}/; {recipe_command('run', recipe)} starts one"
         raise UserError(problem) from None
 
 

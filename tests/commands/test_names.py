@@ -1,5 +1,6 @@
 """Names that a user gives in part: which they stand for, and that a command says so."""
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -50,12 +51,17 @@ def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe, tmp_path):
             "list variants/wide.yaml",
             "variants/wide.yaml: a file, not a name; `recipe show variants/wide.yaml` prints its settings",
         ),
+        (
+            "list 'variants/x; touch y.yaml'",
+            "variants/x; touch y.yaml: a file, not a name; `recipe show 'variants/x; touch y.yaml'` prints its settings",
+        ),
     ],
 )
 def test_a_name_of_nothing_is_refused_with_similar_names(recipe, tmp_path, words, message):
     (tmp_path / "variants").mkdir()
-    shutil.copy(paths.RECIPES / f"{BASE}.yaml", tmp_path / "variants" / "wide.yaml")
-    assert recipe.fails(*words.split()).stderr == f"recipe: {message}\n"
+    for name in ("wide.yaml", "x; touch y.yaml"):
+        shutil.copy(paths.RECIPES / f"{BASE}.yaml", tmp_path / "variants" / name)
+    assert recipe.fails(*shlex.split(words)).stderr == f"recipe: {message}\n"
 
 
 def test_profiles_and_studies_are_named_by_a_part(recipe):

@@ -16,7 +16,7 @@ import orjson
 from markupsafe import Markup, escape
 
 from ...base import paths, tables
-from ...base.errors import UserError
+from ...base.errors import UserError, recipe_command
 from ...base.files import Row
 from ...base.paths import template_environment
 from ...base.processes import now
@@ -175,9 +175,9 @@ def study_page(study: Study, rehearsal: bool, runs: Path) -> Page:
     name = study.folder.name
     if not results:
         if rehearsal:
-            remedy = f"start them with `recipe reproduce {name} --rehearse`"
+            remedy = f"start them with {recipe_command('reproduce', name, '--rehearse')}"
             raise UserError("no rehearsals", key=name, remedy=remedy)
-        remedy = f"start them with `recipe reproduce {name}`, or show rehearsals: --rehearse"
+        remedy = f"start them with {recipe_command('reproduce', name)}, or show rehearsals: --rehearse"
         raise UserError("no runs", key=name, remedy=remedy)
     shown = [_without_empty(table) for table in study_tables.tables_of(study, rows, rehearsal) if table.rows]
     section = Section(
