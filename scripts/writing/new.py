@@ -139,11 +139,12 @@ def create(request: VariantRequest) -> WrittenVariant:
 
 def of_migration(migration: Migration, model: Changes = NO_CHANGES) -> Changes:
     """Changes of a migration together with those for another base model, which win."""
-    if migration.old.is_current and not migration.steps:
-        return model
     migrated = {key: Change(migration.config.get(key), reasons) for key, reasons in migration.reasons().items()}
-    release = f"# Axolotl   written for {migration.release}, migrated to {migrate.supported()} by `recipe new --from`"
-    return Changes({**migrated, **model.changes}, [release, *model.header], model.notes)
+    header = list(model.header)
+    if migration.release != migrate.supported():
+        line = f"# Axolotl   written for {migration.release}, migrated to {migrate.supported()} by `recipe new --from`"
+        header.insert(0, line)
+    return Changes({**migrated, **model.changes}, header, model.notes)
 
 
 def for_model(base: str, name: str) -> Changes:

@@ -337,6 +337,7 @@ def test_a_config_of_this_release_loses_only_accounts_and_hosts(place, recipe):
     }
     rows = [line.replace("'", "").split()[:3] for line in done.stdout.splitlines() if "removed" in line]
     assert rows == [[key, value, "removed"] for key, value in (*theirs.items(), ("trl.vllm_server_host", "theirs.org"))]
+    assert "written for" not in (place / "variants/mine.yaml").read_text()
 
 
 def test_the_users_settings_win(place, recipe):
