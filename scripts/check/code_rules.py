@@ -83,6 +83,13 @@ def findings(case: Case) -> Iterator[Finding]:
     return rule_findings(case, "code")
 
 
+def private_files(case: Case) -> Iterator[Finding]:
+    """Findings about files whose text goes into prompts and the output."""
+    for level, key, problem, remedy in without_consent(case):
+        if consent.entry_of(key)["kind"] == "content":
+            yield Finding(level, "without-consent", key, problem, remedy)
+
+
 def leaves(content: Any) -> Iterator[tuple[str, Any]]:
     """Dotted keys and values, also of the items of lists."""
     for key, value in flatten(content):

@@ -48,27 +48,29 @@ def is_own(run_dir: RunDir, record: Run) -> bool:
 
 
 def refuse_code(run_dir: RunDir, record: Run, force: Sequence[str], adapter: str) -> None:
-    """Refuse a run whose config or adapter names untrusted code, unless the user overrides the finding.
+    """Refuse a run whose config or adapter names untrusted code or a private file, unless the user agrees.
 
     Args:
         run_dir: the run's folder.
-        record: the run's record; the findings that it overrides count only if this user created the run.
+        record: the run's record; if this user created the run, the findings that it overrides count, and all files.
         force: the names of findings to override; other names are ignored.
         adapter: folder of the adapter.
 
     Raises:
-        UserError: a finding about code is not overridden.
+        UserError: a finding is not overridden.
     """
-    config = run_dir.config
+    is_users, config = is_own(run_dir, record), run_dir.config
     usable, wrong = schema.usable(config, schema.findings(config))
     case = Case(config, usable, wrong, ask_hub=not record.rehearsal)
     of_adapter = {"lora_model_dir": adapter}
     trained = Case(of_adapter, of_adapter, set())
     with chdir(record.cwd if Path(record.cwd).is_dir() else "."):  # the config's paths are relative to it
         findings = [*code_rules.findings(case), *code_rules.findings(trained)]
+        if not is_users:
+            findings += code_rules.private_files(case)
     for finding in findings:
         finding.where = paths.shown(run_dir.config_file)
     override_errors(findings, force)
-    if is_own(run_dir, record):
+    if is_users:
         override_errors(findings, record.forced)
     refuse(findings)

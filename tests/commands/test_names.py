@@ -52,14 +52,14 @@ def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe, tmp_path):
             "variants/wide.yaml: a file, not a name; `recipe show variants/wide.yaml` prints its settings",
         ),
         (
-            "list 'variants/x; touch y.yaml'",
-            "variants/x; touch y.yaml: a file, not a name; `recipe show 'variants/x; touch y.yaml'` prints its settings",
+            "list 'variants/a; rm b.yaml'",
+            "variants/a; rm b.yaml: a file, not a name; `recipe show 'variants/a; rm b.yaml'` prints its settings",
         ),
     ],
 )
 def test_a_name_of_nothing_is_refused_with_similar_names(recipe, tmp_path, words, message):
     (tmp_path / "variants").mkdir()
-    for name in ("wide.yaml", "x; touch y.yaml"):
+    for name in ("wide.yaml", "a; rm b.yaml"):
         shutil.copy(paths.RECIPES / f"{BASE}.yaml", tmp_path / "variants" / name)
     assert recipe.fails(*shlex.split(words)).stderr == f"recipe: {message}\n"
 

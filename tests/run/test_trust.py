@@ -48,6 +48,18 @@ def test_consent_to_code_counts_in_a_run_of_ones_own_alone(tmp_path):
     assert refused(folder) == {PLUGIN, "foreign-code:trust_remote_code"}
 
 
+def test_a_strangers_chat_template_is_no_private_file(tmp_path):
+    file = tmp_path / "credentials.json"
+    file.write_text('{"token": "{{ x }}"}')
+    folder = theirs(tmp_path)
+    configure(folder, plugins=None, chat_template_jinja=str(file), otel_metrics_host="0.0.0.0")
+    name = "without-consent:chat_template_jinja"
+    assert refused(folder) == {name}
+    assert refused(folder, name) == set()
+    sign(folder)
+    assert refused(folder) == set()
+
+
 def test_what_the_user_set_needs_no_consent_again_when_the_job_starts(tmp_path):
     hosts = {"mlflow_tracking_uri": "https://mine.org"}
     folder = a_run(tmp_path, NAME, "20260101-000000-abcdef0", 5.0, set=hosts)
