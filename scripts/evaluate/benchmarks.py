@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -313,7 +313,7 @@ def _standard_error(errors: Sequence[Any]) -> float | None:
 
 @cache
 def secure_harness() -> None:
-    """Have the harness read task files as plain YAML, and render their templates in a sandbox, within bounds.
+    """Have the harness read task files as plain YAML, and bound their templates, in a sandbox, and their patterns.
 
     By itself, it creates any Python object that a file names, even in files that it only lists, and its templates can
     call any function of Python.
@@ -322,6 +322,8 @@ def secure_harness() -> None:
     from jinja2 import BaseLoader, StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
+    from lm_eval.api import metrics
+    from lm_eval.filters import extraction
 
     class Loader(yaml.CSafeLoader):
         """Loader to which the harness adds its constructor of functions."""
@@ -336,6 +338,19 @@ def secure_harness() -> None:
             return sandbox.from_string(template).render(**row)
 
     utils.apply_template = apply_template
+    findall, sub = _bounded(re.findall), _bounded(re.sub)
+    changes = {"compile": lambda pattern: SimpleNamespace(findall=partial(findall, pattern)), "findall": findall}
+    extraction.re = metrics.re = SimpleNamespace(**vars(re) | changes | {"sub": sub})
+
+
+def _bounded[T](use: Callable[..., T]) -> Callable[..., T]:
+    """Function of a pattern, with bounds."""
+
+    def bounded_use(pattern: str, *texts: str) -> T:
+        with bounded(pattern):
+            return use(pattern, *texts)
+
+    return bounded_use
 
 
 def members(tasks: list[Any]) -> Iterator[str]:

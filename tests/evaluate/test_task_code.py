@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval.api import metrics
+from lm_eval.filters import extraction
 
-from qlora_recipes.base import yamlfiles
+from qlora_recipes.base import processes, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.evaluate import benchmarks
 from qlora_recipes.metrics import registry
@@ -147,3 +149,28 @@ def test_templates_cannot_leave_their_sandbox(place, ran):
     assert not ran.exists()
     with pytest.raises(UserError, match="takes more than 5 s or 256 MiB"):
         utils.apply_template("{{ 'a' * 9999999999 }}", {})
+
+
+SLOW = r"(\w+\s?)+X"
+ROW = "a" * 40
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        pytest.param(lambda: extraction.RegexFilter(SLOW).apply([[ROW]], [{}]), id="regex"),
+        pytest.param(
+            lambda: extraction.MultiChoiceRegexFilter(regexes_to_ignore=[SLOW], ignore_case=True).apply(
+                [["(A)"]], [{"choices": [ROW]}]
+            ),
+            id="ignored",
+        ),
+        pytest.param(lambda: metrics.exact_match_hf_evaluate([ROW], [ROW], regexes_to_ignore=[SLOW]), id="exact match"),
+    ],
+)
+def test_patterns_of_a_task_are_bounded(used, monkeypatch):
+    monkeypatch.setattr(processes, "SECONDS", 0.2)
+    benchmarks.secure_harness()
+    assert extraction.RegexFilter(r"#(\d+)").apply([["no", "#12"]], [{}]) == [["[invalid]", "12"]]
+    with pytest.raises(UserError, match="takes more than"):
+        used()
