@@ -86,7 +86,7 @@ def findings(case: Case) -> Iterator[Finding]:
 def private_files(case: Case) -> Iterator[Finding]:
     """Findings about files whose text goes into prompts and the output."""
     for level, key, problem, remedy in without_consent(case):
-        if consent.entry_of(key)["kind"] == "content":
+        if keys.find(key).kind == "content":
             yield Finding(level, "without-consent", key, problem, remedy)
 
 
