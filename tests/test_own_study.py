@@ -147,7 +147,8 @@ def test_a_study_says_what_it_lacks(recipe, tmp_path):
         f"{place}:24: error: unreported.0: learning_rte is unknown; did you mean learning_rate?",
         f'{place}:18: error: data.sample: rows cannot be prepared: {sample}/learn.csv:2: question ("What is the '
         """capital of " ~ contry ~ "?"): 'contry' is undefined; the row's fields: country, capital""",
-        f"{place}:22: warning: published: capitals/first is missing; add `capitals/first: {{}}` here or under ablations",
+        f"{place}:22: warning: published: capitals/first is missing; add `capitals/first: {{}}` here or under "
+        "ablations",
         f"{place}:15: warning: data.splits: capitals/first reads data/capitals/train.jsonl (datasets.0.path); the "
         "splits write data/cities/test.jsonl, data/cities/train.jsonl",
     ]
