@@ -61,3 +61,20 @@ def test_an_option_takes_a_dozen_words():
     helps = [getattr(param, "help", None) or "" for command in COMMANDS.values() for param in command.params]
     long = [text for text in helps if len(text.split()) > 12]
     assert [text for text in long if "profile" not in text and "completion" not in text] == []
+
+
+def test_an_option_means_the_same_in_all_commands():
+    metavars: dict[str, set[str]] = {}
+    for command in COMMANDS.values():
+        for param in command.params:
+            for word in param.opts:
+                if word.startswith("--"):
+                    kind = "flag" if getattr(param, "is_flag", False) else param.metavar or param.type.name
+                    metavars.setdefault(word, set()).add(kind)
+    several = {word: kinds for word, kinds in metavars.items() if len(kinds) > 1}
+    assert several == {
+        "--from": {"BASE", "CARD"},  # a file or recipe to start from
+        "--only": {"NAME", "SOURCE"},  # of what the command would handle
+        "--out": {"FILE", "FILE.html"},
+        "--set": {"KEY=V,V,V", "KEY=VALUE"},  # a sweep tries several values
+    }
