@@ -116,7 +116,7 @@ def parse_overrides(text: str) -> tuple[str, list[Any]]:
         elif part in ("]", "}", ")"):
             depth -= 1
     if len(values) > 1 and not all(map(str.strip, values)):
-        remedy = "delete a comma, or write null for a member without the key"
+        remedy = "delete a comma, or write null for a trial without the key"
         raise UserError("an empty value", key=f"--set {text}", remedy=remedy)
     return key.strip(), [parse(value, option=f"--set {text}") for value in values]
 

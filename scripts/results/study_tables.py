@@ -192,7 +192,7 @@ def _costs(row: StudyRow) -> dict[str, tuple[float | None, float | None]]:
 
 
 def notes(study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
-    """Notes under the tables: differences from the paper, limitations of intervals, open settings."""
+    """Notes under the tables: differences from the paper, limitations of intervals, unreported hyperparameters."""
     for difference in study.differences:
         yield f"All recipes: {difference}"
     yield from _interval_notes(study, rows)

@@ -136,7 +136,7 @@ def test_several_values_are_split_at_commas_outside_brackets_and_quotes(text, va
 def test_a_value_between_commas_is_not_empty(text):
     with pytest.raises(UserError) as refused:
         merging.parse_overrides(f"a={text}")
-    remedy = "delete a comma, or write null for a member without the key"
+    remedy = "delete a comma, or write null for a trial without the key"
     assert str(refused.value) == f"--set a={text}: an empty value; {remedy}"
 
 
