@@ -19,7 +19,7 @@ from .base import paths
 from .base.errors import UserError, WorkFailed
 from .base.files import DISK_FULL
 from .base.terminal import say
-from .commands.help import Commands
+from .commands.help import RecipeGroup
 
 FIRST_STEPS = """\
 recipe list
@@ -44,7 +44,7 @@ COMMANDS = {
 """Commands by heading, in the order of use, each with its module in commands/."""
 
 
-class _Commands(Commands):
+class _RecipeGroup(RecipeGroup):
     """All commands; a command's module is imported when it is used, or for help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -69,7 +69,7 @@ class _Commands(Commands):
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=_RecipeGroup,
     help="Axolotl recipes for QLoRA studies: list, run, evaluate and compare them.\n\n"
     "A recipe is an Axolotl config. A study is the recipes of a paper, or of other published runs, with their data and "
     "scores.",

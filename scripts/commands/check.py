@@ -10,7 +10,7 @@ from ..base import tables
 from ..base.errors import UserError
 from ..base.paths import selected
 from ..base.terminal import Bar, say
-from .help import Command, run_arguments, suggest
+from .help import RecipeCommand, run_arguments, suggest
 from .options import Force, Json, Names, Overrides, Profiles
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ commands = typer.Typer(rich_markup_mode=None)
 
 @commands.command(
     "check",
-    cls=Command,
+    cls=RecipeCommand,
     epilog="recipe check code-llama-7b --gpu T4 --all-rows\nrecipe check mine.yaml --show-tokens 2",
 )
 def check_command(

@@ -8,12 +8,12 @@ import typer
 from ..base import tables
 from ..base.errors import meant
 from ..base.terminal import Bar, say
-from .help import Command, Commands, suggest
+from .help import RecipeCommand, RecipeGroup, suggest
 from .options import Json, complete_studies, repeatable_option, several_arguments
 
 commands = typer.Typer(rich_markup_mode=None, suggest_commands=False)  # click suggests commands already
 data_commands = typer.Typer(
-    cls=Commands,
+    cls=RecipeGroup,
     help="Fetch and prepare the data that recipes train on.",
     no_args_is_help=True,
     epilog="recipe data fetch codereviewer\nrecipe data prepare --study haider2024",
@@ -23,7 +23,7 @@ commands.add_typer(data_commands, name="data")
 
 @data_commands.command(
     "fetch",
-    cls=Command,
+    cls=RecipeCommand,
     epilog="recipe data fetch codereviewer\nrecipe data fetch gsm8k --only test.jsonl",
 )
 def fetch_command(
@@ -54,7 +54,7 @@ def fetch_command(
 
 @data_commands.command(
     "prepare",
-    cls=Command,
+    cls=RecipeCommand,
     epilog="recipe data prepare --study haider2024\nrecipe data prepare my-folder --study haider2024",
 )
 def prepare_command(

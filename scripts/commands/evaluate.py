@@ -9,7 +9,7 @@ import typer
 from ..base import tables
 from ..base.files import write_rows
 from ..base.terminal import Bar, say
-from .help import Command, name_of, suggest
+from .help import RecipeCommand, name_of, suggest
 from .options import (
     BatchSize,
     DecodingName,
@@ -58,7 +58,7 @@ commands = typer.Typer(rich_markup_mode=None)
 
 @commands.command(
     "evaluate",
-    cls=Command,
+    cls=RecipeCommand,
     epilog="recipe evaluate latest --base\nrecipe evaluate latest --metric benchmark:mmlu",
 )
 def evaluate_command(
@@ -122,7 +122,7 @@ def evaluate_command(
     suggest("report", name_of(folder), json=json)
 
 
-@commands.command("score", cls=Command, epilog="recipe score predictions.jsonl --out scored.jsonl")
+@commands.command("score", cls=RecipeCommand, epilog="recipe score predictions.jsonl --out scored.jsonl")
 def score_command(
     *,
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")],

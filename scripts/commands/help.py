@@ -32,7 +32,7 @@ def _write_examples(epilog: str | None, formatter: click.HelpFormatter) -> None:
             formatter.write(f"  {line}\n")
 
 
-class Command(TyperCommand):
+class RecipeCommand(TyperCommand):
     """A command; its epilog consists of examples, one per line."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -57,7 +57,7 @@ class Command(TyperCommand):
         _write_examples(self.epilog, formatter)
 
 
-class Commands(TyperGroup):
+class RecipeGroup(TyperGroup):
     """A group of commands under headings; its epilog consists of examples, one per line."""
 
     def headings(self, ctx: click.Context) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from ..base import paths, tables, yamlfiles
 from ..base.errors import UserError, recipe_command
 from ..base.files import Row, read_json
 from ..base.terminal import harmless, say
-from .help import Command, suggest
+from .help import RecipeCommand, suggest
 from .options import (
     Json,
     Name,
@@ -26,7 +26,7 @@ from .options import (
 commands = typer.Typer(rich_markup_mode=None)
 
 
-@commands.command("list", cls=Command, epilog="recipe list\nrecipe list haider2024")
+@commands.command("list", cls=RecipeCommand, epilog="recipe list\nrecipe list haider2024")
 def list_command(
     name: Annotated[
         str,
@@ -142,7 +142,7 @@ def _shown(row: Row) -> Row:
     }
 
 
-@commands.command("show", cls=Command, epilog="recipe show llama-3.2-3b")
+@commands.command("show", cls=RecipeCommand, epilog="recipe show llama-3.2-3b")
 def show_command(name: Name, json: Json = False) -> None:
     """Print a recipe's YAML, with the source of each setting."""
     recipe, file = paths.find_recipe(name)
@@ -159,7 +159,7 @@ def show_command(name: Name, json: Json = False) -> None:
 
 @commands.command(
     "diff",
-    cls=Command,
+    cls=RecipeCommand,
     epilog="recipe diff code-llama-7b llama-3.2-3b\nrecipe diff runs/A/config.yaml runs/B/config.yaml",
 )
 def diff_command(
@@ -193,7 +193,7 @@ def diff_command(
 
 @commands.command(
     "new",
-    cls=Command,
+    cls=RecipeCommand,
     epilog="recipe new mine --data mine.csv\nrecipe new wide --from llama-3.2-3b --set lora_r=64",
 )
 def new_command(

@@ -13,7 +13,7 @@ from ..base.hardware import GIB
 from ..base.paths import selected
 from ..base.terminal import Bar
 from ..config.merging import Override
-from .help import Command, run_arguments, suggest
+from .help import RecipeCommand, run_arguments, suggest
 from .options import Force, Json, Names, Overrides, Profiles, repeatable_option
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ commands = typer.Typer(rich_markup_mode=None)
 
 @commands.command(
     "plan",
-    cls=Command,
+    cls=RecipeCommand,
     epilog="recipe plan llama-3.2-3b --gpu 4090\nrecipe plan llama-3.2-3b --gpu 16GB",
 )
 def plan_command(

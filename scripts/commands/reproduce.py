@@ -6,7 +6,7 @@ import typer
 
 from ..base import paths, tables
 from ..base.terminal import say
-from .help import Command, rehearse_option, suggest
+from .help import RecipeCommand, rehearse_option, suggest
 from .options import (
     Force,
     Jobs,
@@ -45,7 +45,7 @@ commands = typer.Typer(rich_markup_mode=None)
 
 @commands.command(
     "reproduce",
-    cls=Command,
+    cls=RecipeCommand,
     epilog="recipe reproduce haider2024 --rehearse\nrecipe reproduce haider2024 --dry-run --gpu T4",
 )
 def reproduce_command(

@@ -10,7 +10,7 @@ from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.hub import importing_axolotl
 from ..base.terminal import Bar, say
-from .help import Command, rehearse_option, suggest
+from .help import RecipeCommand, rehearse_option, suggest
 from .options import (
     Force,
     Json,
@@ -29,7 +29,7 @@ commands = typer.Typer(rich_markup_mode=None)
 
 @commands.command(
     "results",
-    cls=Command,
+    cls=RecipeCommand,
     epilog="recipe results    # all runs\nrecipe results lora-tradeoffs\nrecipe results RUN_A RUN_B",
 )
 def results_command(
@@ -119,7 +119,7 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
 
 @commands.command(
     "report",
-    cls=Command,
+    cls=RecipeCommand,
     epilog="recipe report latest\nrecipe report haider2024 --out study.html",
 )
 def report_command(
@@ -161,7 +161,7 @@ def report_command(
 
 @commands.command(
     "publish",
-    cls=Command,
+    cls=RecipeCommand,
     epilog="recipe publish latest --push owner/name --private\nrecipe publish latest --gguf q4_k_m,q8_0",
 )
 def publish_command(

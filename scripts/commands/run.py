@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from ..base.errors import UserError
-from .help import Command, suggest_evaluation
+from .help import RecipeCommand, suggest_evaluation
 from .options import WHERE, Force, Name, On, Overrides, Profiles, RehearseAll, RunName, Things, backend_of
 
 commands = typer.Typer(rich_markup_mode=None)
@@ -13,7 +13,7 @@ commands = typer.Typer(rich_markup_mode=None)
 
 @commands.command(
     "run",
-    cls=Command,
+    cls=RecipeCommand,
     epilog="recipe run code-llama-7b --rehearse\nrecipe run llama-3.2-3b --set num_epochs=3 --set lora_r=64",
 )
 def run_command(
@@ -60,7 +60,7 @@ def run_command(
         suggest_evaluation(folder, on)
 
 
-@commands.command("resume", cls=Command, epilog="recipe resume latest")
+@commands.command("resume", cls=RecipeCommand, epilog="recipe resume latest")
 def resume_command(
     *,
     run: RunName,
@@ -85,7 +85,7 @@ def resume_command(
         suggest_evaluation(folder, on)
 
 
-@commands.command("cancel", cls=Command, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
+@commands.command("cancel", cls=RecipeCommand, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
 def cancel_command(names: Things) -> None:
     """Save a checkpoint and stop active jobs; remove queued ones."""
     if not names:

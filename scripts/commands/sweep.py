@@ -6,7 +6,7 @@ import typer
 
 from ..base import paths
 from ..base.files import Row
-from .help import Command, rehearse_option, suggest
+from .help import RecipeCommand, rehearse_option, suggest
 from .options import (
     Force,
     Jobs,
@@ -46,7 +46,7 @@ commands = typer.Typer(rich_markup_mode=None)
 
 @commands.command(
     "sweep",
-    cls=Command,
+    cls=RecipeCommand,
     epilog="recipe sweep code-llama-7b lora-tradeoffs --rehearse\nrecipe sweep llama-3.2-3b --set lora_r=16,32,64"
     "\nrecipe sweep haider2024 --set learning_rate=1e-4,2e-4,5e-4",
 )

@@ -9,13 +9,13 @@ import typer
 from ..base import paths, tables
 from ..base.errors import WorkFailed
 from ..base.terminal import Bar, say
-from .help import Command, Commands, suggest
+from .help import RecipeCommand, RecipeGroup, suggest
 from .options import Force, Json, StudyName, refuse_together
 
 _STARTER_MODEL = "meta-llama/Llama-3.2-3B"
 
 study_commands = typer.Typer(
-    cls=Commands,
+    cls=RecipeGroup,
     help="Add a study of your own, and check it.",
     no_args_is_help=True,
     epilog="recipe study new mine\nrecipe study check mine",
@@ -24,7 +24,7 @@ commands = typer.Typer(rich_markup_mode=None, suggest_commands=False)  # click s
 commands.add_typer(study_commands, name="study")
 
 
-@commands.command("render", cls=Command, epilog="recipe render --check")
+@commands.command("render", cls=RecipeCommand, epilog="recipe render --check")
 def render_command(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; print differences from the templates, and fail on any.")
@@ -53,7 +53,7 @@ def render_command(
 
 
 @study_commands.command(
-    "new", cls=Command, epilog="recipe study new smith2026\nrecipe study new their-run --from README.md"
+    "new", cls=RecipeCommand, epilog="recipe study new smith2026\nrecipe study new their-run --from README.md"
 )
 def study_new_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Study name, also used for its folders.")],
@@ -88,7 +88,7 @@ def study_new_command(
     suggest("study", "check", name)
 
 
-@study_commands.command("check", cls=Command, epilog="recipe study check haider2024")
+@study_commands.command("check", cls=RecipeCommand, epilog="recipe study check haider2024")
 def study_check_command(
     *,
     name: StudyName,
@@ -113,7 +113,7 @@ def study_check_command(
     suggest("reproduce", study.folder.name, "--rehearse", json=json)
 
 
-@commands.command("doctor", cls=Command, epilog="recipe doctor\nrecipe doctor --json")
+@commands.command("doctor", cls=RecipeCommand, epilog="recipe doctor\nrecipe doctor --json")
 def doctor_command(json: Json = False) -> None:
     """Find problems with this environment, GPU and disk, and suggest remedies."""
     from ..check.environment import check_environment

@@ -223,7 +223,7 @@ class Form:
     is_pair: bool = False
 
 
-def _prompted(question: str, answer: str) -> Form:
+def _question_form(question: str, answer: str) -> Form:
     """Form of rows with a question and an answer, with a prompt of this project."""
     kind = {"field_instruction": question, "field_output": answer, "no_input_format": _PROMPT}
     return Form((question, answer), {"type": kind}, is_pair=True)
@@ -234,9 +234,9 @@ FORMS = (
     Form(("conversations",), {"type": "chat_template", "field_messages": "conversations"}),
     Form(("segments",), {"type": "input_output"}),
     Form(("instruction", "output"), {"type": "alpaca"}, is_pair=True),
-    _prompted("question", "answer"),
-    _prompted("prompt", "completion"),
-    _prompted("prompt", "response"),
+    _question_form("question", "answer"),
+    _question_form("prompt", "completion"),
+    _question_form("prompt", "response"),
     Form(("text",), {"type": "completion"}),
 )
 """Forms of rows that this project recognizes by their fields; an earlier one has priority."""

@@ -18,7 +18,7 @@ from ..base.yamlfiles import Config
 from . import datafiles, keys, models
 from .gpus import Gpu
 from .merging import Difference, listed, top_key
-from .numerics import AMPERE, OLD_KEYS, attention
+from .numerics import AMPERE, OLD_ATTENTION_KEYS, attention
 
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -274,7 +274,7 @@ class Case:
     @property
     def attention_key(self) -> str:
         """The key that sets the attention, perhaps one of Axolotl's old keys."""
-        return self.first_set(*OLD_KEYS) or "attn_implementation"
+        return self.first_set(*OLD_ATTENTION_KEYS) or "attn_implementation"
 
     @property
     def advised_attention(self) -> str:

@@ -79,7 +79,7 @@ def quantized(config: Config) -> bool:
     return bool(bits and config.get(bits))
 
 
-OLD_KEYS = {
+OLD_ATTENTION_KEYS = {
     "xformers_attention": "xformers",
     "sage_attention": "sage",
     "flex_attention": "flex_attention",
@@ -93,7 +93,7 @@ def attention(config: Config) -> str:
     """Attention implementation by its name in transformers; empty if not set.
 
     Axolotl's old keys are read too. A kernel on the hub is named without its revision and function."""
-    old = next((name for key, name in OLD_KEYS.items() if config.get(key)), "")
+    old = next((name for key, name in OLD_ATTENTION_KEYS.items() if config.get(key)), "")
     return re.split("[:@]", str(config.get("attn_implementation") or old))[0].strip()
 
 

@@ -18,7 +18,7 @@ from ..base.yamlfiles import Config
 from . import datafiles, keys, models
 from .datafiles import DatasetRef
 from .merging import listed
-from .numerics import OLD_KEYS, attention, quantized
+from .numerics import OLD_ATTENTION_KEYS, attention, quantized
 from .training_settings import TrainingSettings
 
 NAME = "SmolLM2-135M-Instruct"
@@ -214,9 +214,10 @@ def gpu_replacements(config: Config) -> Iterator[tuple[Config, str]]:
 
 
 def _replaced_attention(config: Config) -> Iterator[tuple[Config, str]]:
+    """Replace attention that needs a GPU by sdpa; None deletes the old keys that select it."""
     implementation = attention(config)
     if implementation not in ("", "sdpa", "eager"):
-        yield dict.fromkeys(OLD_KEYS) | {"attn_implementation": "sdpa"}, f"{implementation} needs a GPU"
+        yield dict.fromkeys(OLD_ATTENTION_KEYS) | {"attn_implementation": "sdpa"}, f"{implementation} needs a GPU"
 
 
 def _replaced_plugins(config: Config) -> Iterator[tuple[Config, str]]:

@@ -210,7 +210,7 @@ class _Preparation:
             moved = self._moved_positions(name)
             rest = (row for row in self._prepared_rows(name) if row[0] not in moved)
             yield from islice(rest, split.first)
-            deque(rest, maxlen=0)
+            deque(rest, maxlen=0)  # read on, so that the counts include the rows after the first
 
     def _is_the_study_file(self, name: str, checksums: Iterable[str], rows: int) -> bool | None:
         """True if a split's raw files have the checksums in study.yaml; None if it has no checksum to compare.

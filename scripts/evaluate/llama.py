@@ -125,8 +125,11 @@ async def _props(root: openai.AsyncOpenAI) -> _Props:
     return _Props.model_validate_json(await root.get("props", cast_to=str))
 
 
-async def _post[Form: BaseModel](root: openai.AsyncOpenAI, endpoint: str, form: type[Form], **body: object) -> Form:
-    return form.model_validate_json(await root.post(endpoint, cast_to=str, body=body))
+async def _post[Reply: BaseModel](
+    client: openai.AsyncOpenAI, endpoint: str, reply: type[Reply], **body: object
+) -> Reply:
+    """Post to an endpoint of llama.cpp's own; return its reply."""
+    return reply.model_validate_json(await client.post(endpoint, cast_to=str, body=body))
 
 
 @contextmanager
@@ -197,11 +200,11 @@ class LlamaServer(Server):
 
     def check(self, examples: Sequence[Example], reference_runs_here: bool) -> Distance | None:
         """Implement `Engine.check`."""
-        self.require_tokens(examples)
+        self.require_same_tokens(examples)
         return self.distance(examples) if reference_runs_here else None
 
-    def require_tokens(self, examples: Sequence[Example]) -> None:
-        """Compare EOS and end-of-turn tokens and prompts with the training's, before any answer is generated.
+    def require_same_tokens(self, examples: Sequence[Example]) -> None:
+        """Require a sufficient context, and the training's prompt, EOS and end-of-turn tokens, before the first answer.
 
         Raises:
             UserError: the context is too small, the server does not end answers at a token of the training, or the

@@ -21,7 +21,7 @@ from ..training.tokens import (
     as_trained,
     end_ids,
     load_strategy,
-    require_one_each,
+    require_one_training_row_each,
     tokenize,
 )
 from .evaluation_rows import EvaluationRow
@@ -117,7 +117,7 @@ class Prompter:
         dataset = DictDefault({**cfg[ref.section][ref.index], **LOSS_ON_ANSWERS})
         kind = row_type(dataset)
         tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
-        require_one_each(data, dataset, rows, tokenized)
+        require_one_training_row_each(data, dataset, rows, tokenized)
         examples = []
         for row, tokens in zip(rows, tokenized, strict=True):
             prompt, answer = tokens.parts()

@@ -41,7 +41,8 @@ class StandIn(ScorerModel):
 def columns_of(recipe: str, requested: Iterable[str] = (), references: Sequence[str] = ()) -> dict[str, Column]:
     """Columns (metrics with their parameters) of the recipe's study and of --metric, by name.
 
-    The default metrics apply if the study has no metrics, and --metric is absent or names only benchmarks.
+    The default metrics apply if the study has no metrics, and --metric is absent or names only benchmarks; without a
+    recipe, they lack the eval loss.
 
     Args:
         recipe: name of the recipe, or of a variant's base recipe; empty for predictions without a recipe.
@@ -61,7 +62,7 @@ def columns_of(recipe: str, requested: Iterable[str] = (), references: Sequence[
                 f"name, as in 'other: {{metric: {column.metric.name}}}'"
             )
     columns = declared | additional
-    if all(isinstance(column.metric, BenchmarkMetric) for column in columns.values()) and not declared:
+    if not declared and all(isinstance(column.metric, BenchmarkMetric) for column in additional.values()):
         columns = registry.default_columns(references) | additional
         if not recipe:
             del columns[registry.EVAL_LOSS.name]

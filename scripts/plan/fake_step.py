@@ -84,7 +84,7 @@ def _model_patches(step: Step) -> list[AbstractContextManager[Any]]:
 
 
 def _build(step: Step, recorder: Recorder) -> Any:
-    """Load the model: base weights one by one, then the adapters."""
+    """Make the model of fake tensors, and record its storages by kind."""
     model = _base_model(step)
     if step.is_quantized:
         _quantize(step, model, recorder)

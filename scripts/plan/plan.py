@@ -20,9 +20,9 @@ from .step_plan import (
     CONTEXT,
     USABLE,
     StepPlan,
+    bytes_by_parallelism,
     least_capability,
     needed_per_gpu,
-    per_gpu,
     plan_step,
     required_gib,
 )
@@ -200,7 +200,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
     """
     step_plan, notes = plan_step(config, gpu)
     memory = step_plan.memory
-    sizes = per_gpu(step_plan, gpus)
+    sizes = bytes_by_parallelism(step_plan, gpus)
     if gpus > 1:
         notes.append(f"fits: computed with the memory per GPU under {parallelism_of(config)}")
     if memory.paged:  # bitsandbytes allocates paged state in CUDA's unified memory (cudaMallocManaged)

@@ -186,7 +186,7 @@ def required_gib(config: Config, gpu: Gpu | None = None, trace: bool = False, gp
 
 def needed_per_gpu(step_plan: StepPlan, config: Config, gpus: int) -> float:
     """Bytes that a config needs on each of its GPUs, under its parallelism."""
-    return per_gpu(step_plan, gpus).get(parallelism_of(config), step_plan.required)
+    return bytes_by_parallelism(step_plan, gpus).get(parallelism_of(config), step_plan.required)
 
 
 def least_capability(config: Config) -> tuple[int, int]:
@@ -195,8 +195,8 @@ def least_capability(config: Config) -> tuple[int, int]:
     return (8, 0) if newer else (7, 5)
 
 
-def per_gpu(step_plan: StepPlan, gpus: int) -> dict[str, float]:
-    """Required bytes on each of several GPUs, by parallelism, derived from one GPU's peak.
+def bytes_by_parallelism(step_plan: StepPlan, gpus: int) -> dict[str, float]:
+    """Required bytes on each of several GPUs, by parallelism, derived from one GPU's peak; empty for one GPU.
 
     DDP keeps a second copy of the gradients in buckets.
 
@@ -225,12 +225,12 @@ def per_gpu(step_plan: StepPlan, gpus: int) -> dict[str, float]:
     largest_layer = max((frozen + in_zero) / memory.sizes["layers"], embeddings)
     gathered = largest_layer * (1 - 1 / gpus)
     in_fsdp, upcast = _trained_under_fsdp(step_plan), _upcast_under_fsdp(step_plan)
-    sizes = {"DDP": step_plan.required + parts["gradients"]}
-    sizes["ZeRO-1"] = rest + frozen + 2 * in_zero + copies
-    sizes["ZeRO-2"] = rest + frozen + in_zero + in_zero / gpus + copies
-    sizes["ZeRO-3"] = rest + (frozen + 2 * in_zero) / gpus + copies + gathered
-    sizes["FSDP"] = rest + (frozen + upcast + 4 * in_fsdp) / gpus + gathered  # weights, gradients, two states
-    return sizes
+    required = {"DDP": step_plan.required + parts["gradients"]}
+    required["ZeRO-1"] = rest + frozen + 2 * in_zero + copies
+    required["ZeRO-2"] = rest + frozen + in_zero + in_zero / gpus + copies
+    required["ZeRO-3"] = rest + (frozen + 2 * in_zero) / gpus + copies + gathered
+    required["FSDP"] = rest + (frozen + upcast + 4 * in_fsdp) / gpus + gathered  # weights, gradients, two states
+    return required
 
 
 def _state_under_zero(step_plan: StepPlan) -> float:

@@ -182,7 +182,7 @@ def _declared_rows(composed: Composed) -> int | None:
 
 
 def flops_of_token(step_plan: StepPlan, length: int) -> float:
-    """Floating-point operations per token of a training step on full rows.
+    """Floating-point operations per token of a training step on rows of `length` tokens.
 
     Each weight costs 2 operations forward, 2 for the input gradient and, if trained, 2 for the weight gradient. LoRA
     weights are trained. The output head counts; the embedding does not. In each layer, attention costs 4 * width *
@@ -196,7 +196,7 @@ def flops_of_token(step_plan: StepPlan, length: int) -> float:
         if kind not in ("norm", "embed_tokens", "vision_tower"):
             operations += 2 * count["frozen"] * (forward + 1) + 2 * count["trainable"] * (forward + 2)
     head = sizes["vocabulary"] * sizes["width"]
-    if sum(parameters.get("lm_head", {}).values()) < head:  # the head shares the embedding's weights
+    if sum(parameters.get("lm_head", {}).values()) < head:  # tied to the embedding, at most with LoRA weights
         backward = 1 if step.adapter else 2
         operations += 2 * head * (forward + backward)
     attention = 4 * sizes["attention_width"] * length / 2 * sizes["layers"]

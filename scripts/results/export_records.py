@@ -116,7 +116,7 @@ def _refusal(result: RunResult) -> str | None:
         )
     if result.evaluation:
         settings = result.evaluation.settings
-        if not settings.stands_for(settings.model_copy(update={"engine": REFERENCE})):
+        if not settings.engine_stands_for(settings.model_copy(update={"engine": REFERENCE})):
             return f"its predictions were {settings.note}"
     changes = other_training(run)
     if changes and not result.grid_point:

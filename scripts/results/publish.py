@@ -137,13 +137,13 @@ def _merge(result: RunResult) -> Path:
 
 
 def _write_once(folder: Path, source: str, names: Sequence[str], write: Callable[[Path], object]) -> Path:
-    """Folder of a model's files; made again unless it already holds those of this source.
+    """Return the folder of a model's files; write them again unless it holds those of this source.
 
     Args:
         folder: the folder; its file `MADE_FROM` holds the source.
         source: the adapter's hash, and settings.
         names: files that must be in the folder.
-        make: function that fills a temporary folder.
+        write: function that fills a temporary folder.
     """
     marker = folder / MADE_FROM
     if marker.is_file() and marker.read_text() == source and all((folder / name).is_file() for name in names):

@@ -70,7 +70,7 @@ class SweepRow:
 
     @property
     def summary(self) -> Summary:
-        """Summary of the first finished run, for values that do not depend on the seed."""
+        """Training summary of the first finished run, for what hardly depends on the seed; empty without one."""
         return self.finished[0].summary if self.finished else Summary()
 
     @cached_property

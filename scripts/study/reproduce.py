@@ -111,9 +111,9 @@ def _with_data(study: Study, pipelines: Sequence[Pipeline]) -> list[Pipeline]:
         pipeline.look_up()
     validate_all([pipeline for pipeline in pipelines if not pipeline.is_finished()])
     runnable = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check_config()]
-    have_data(study, [pipeline.composed for pipeline in runnable])
+    ensure_data(study, [pipeline.composed for pipeline in runnable])
     for pipeline in runnable:
-        pipeline.look_up()  # `have_data` may have fetched the data that the digest needs
+        pipeline.look_up()  # `ensure_data` may have fetched the data that the digest needs
     return runnable
 
 
@@ -287,7 +287,7 @@ def request_for(shared: Request, recipe: str) -> Request:
     return replace(shared, name=recipe, profiles=profiles)
 
 
-def have_data(study: Study, configs: list[Composed]) -> None:
+def ensure_data(study: Study, configs: list[Composed]) -> None:
     """Fetch and prepare a study's missing data in the formats that these configs read.
 
     Raises:
@@ -423,7 +423,9 @@ def evaluate_adapters(
 
 
 def _fetch_adapter(study: Study, recipe: str, composed: Composed) -> Path:
-    """Fetch a recipe's published adapter, and the data for its evaluation; return its folder, in PEFT's format.
+    """Fetch a recipe's published adapter and evaluation data; return the adapter's folder, in PEFT's format.
+
+    A rehearsal requires an adapter that was fetched before.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -433,7 +435,7 @@ def _fetch_adapter(study: Study, recipe: str, composed: Composed) -> Path:
     assert published.adapter
     files = adapter_files(data, published.adapter)
     if not composed.rehearsal:
-        have_data(study, [composed])
+        ensure_data(study, [composed])
         fetch.fetch(data, data.raw, data.sources_of(files))
     elif missing := data.missing(files):
         raise UserError(f"{recipe}: a rehearsal does not fetch the adapter; run {data.fetch_command(missing)}")

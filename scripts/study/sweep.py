@@ -145,11 +145,14 @@ class Grid:
         """Parse `key=value,value` from --set, or `key=[value, value]` if the key takes no list.
 
         Raises:
-            UserError: a text is malformed.
+            UserError: a text is malformed, or two have the same key.
         """
         grid = cls("--set", {}, [])
         for text in texts:
             key, values = merging.parse_overrides(text)
+            if key in grid.values:
+                remedy = f"give all values at once, as in --set {key}=1,2"
+                raise UserError(f"{key} is given twice", key="--set", remedy=remedy)
             if len(values) == 1 and _has_several(key, values[0]):
                 values = values[0]
             grid.values[key] = values

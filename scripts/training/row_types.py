@@ -165,7 +165,7 @@ class Segments(Tokenized):
     """The type input_output: pieces of text, each with a label that is true if the model learns it."""
 
     def prompt_of(self, row: Row) -> list[tuple[str, str]]:
-        """TextRows of the pieces that the model does not learn."""
+        """Texts of the pieces that the model does not learn."""
         return [("text", item["text"]) for item in self.items_of(row) if not item["label"]]
 
     def further_mistakes(self, row: Row) -> Iterator[RowMistake]:

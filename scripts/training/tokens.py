@@ -111,7 +111,7 @@ def tokenize(where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[
     return [Tokens(row["input_ids"], row["labels"]) for row in tokenized]
 
 
-def require_one_each(where: str, dataset: Any, rows: Sequence[Any], tokenized: Sequence[Tokens]) -> None:
+def require_one_training_row_each(where: str, dataset: Any, rows: Sequence[Any], tokenized: Sequence[Tokens]) -> None:
     """Raise UserError unless a data set's type makes one training row from each row."""
     if len(tokenized) != len(rows):
         problem = f"Axolotl turns {len(rows)} rows into {len(tokenized)} training rows ({dataset['type']})"
@@ -206,7 +206,7 @@ class Tokenizer:
                     tokenized = tokenize(
                         dataset.key, self.cfg, dataset.entry, self.tokenizer, rows, self.cfg.sequence_len
                     )
-                    require_one_each(dataset.key, dataset.entry, rows, tokenized)
+                    require_one_training_row_each(dataset.key, dataset.entry, rows, tokenized)
                     for row, tokens in zip(rows, tokenized, strict=True):
                         if same := positions.get(tuple(tokens.ids[:limit])):
                             by_position[same.pop(0)] = dataset, row

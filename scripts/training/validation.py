@@ -129,8 +129,12 @@ def by_schema(content: Config, gpu: Gpu) -> None:
     AxolotlConfigWCapabilities(**copied, capabilities=gpu_facts, env_capabilities=torch_facts)
 
 
-def needs_plugins(content: Config) -> bool:
-    """True if plugins validate parts of a config: its own, or the two for parallelism, which are always active."""
+def exceeds_schema(content: Config) -> bool:
+    """True if Axolotl's schema alone does not validate a config.
+
+    The config's plugins, and those for context and expert parallelism, which are always active, add keys and checks.
+    `rl` needs classes of data sets other than the schema's first.
+    """
     return bool(content.get("plugins") or content.get("rl")) or any("_parallel" in key for key in content)
 
 
@@ -165,7 +169,7 @@ def findings(content: Config, gpu: Gpu) -> list[Finding]:
 def _errors(content: Config, gpu: Gpu) -> list[Finding]:
     """Errors of Axolotl's validation."""
     try:
-        if needs_plugins(content):
+        if exceeds_schema(content):
             validated(content, gpu)
         else:
             by_schema(content, gpu)
@@ -209,7 +213,7 @@ def main(request: Path) -> None:
     name, capability, configs = orjson.loads(request.read_bytes())
     gpu = Gpu(name, tuple(capability))
     # configs with plugins come last, because a plugin could change the validation of others
-    order = sorted(range(len(configs)), key=lambda index: needs_plugins(configs[index]))
+    order = sorted(range(len(configs)), key=lambda index: exceeds_schema(configs[index]))
     with importing_axolotl():
         import_schema()
         by_index = {index: findings(configs[index], gpu) for index in order}

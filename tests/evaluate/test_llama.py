@@ -114,12 +114,12 @@ def test_samples_use_only_the_samplers_of_the_decoding():
 def test_equal_tokens_pass(capsys):
     llama = FakeLlama()
     with serving_llama(llama) as server:
-        engine(server, llama).require_tokens(chats(llama))
+        engine(server, llama).require_same_tokens(chats(llama))
         assert capsys.readouterr().err.splitlines()[-1] == "m-f16.gguf: tokens of 3 of 3 prompts equal the training's"
         instructions = chats(llama)
         for example in instructions:
             example.messages = None
-        engine(server, llama).require_tokens(instructions)
+        engine(server, llama).require_same_tokens(instructions)
     assert capsys.readouterr().err.splitlines()[-1] == (
         "m-f16.gguf: tokens of 3 of 3 prompts equal the training's; its chat template was not compared, because the "
         "run did not train on chats"
@@ -184,7 +184,7 @@ FIRST = "m-f16.gguf: the prompt of row 1 differs from the training's from token"
 def test_faults_are_refused_before_any_answer(fault, message):
     llama = FakeLlama(**fault)
     with serving_llama(llama) as server, pytest.raises((UserError, WorkFailed)) as refused:
-        engine(server, llama).require_tokens(chats(llama))
+        engine(server, llama).require_same_tokens(chats(llama))
     assert str(refused.value).replace(server.url, "URL") == message
 
 
@@ -248,7 +248,7 @@ def test_an_odd_response_is_named(path, response, problem):
         if path == "/props":
             server.others[path] = (200, response)
         with pytest.raises(WorkFailed) as refused:
-            engine(server, llama).require_tokens(chats(llama))
+            engine(server, llama).require_same_tokens(chats(llama))
         assert str(refused.value) == f"{server.url}/v1/: {problem}"
         if path == "/props":  # which also names the file
             with pytest.raises(WorkFailed) as refused:

@@ -107,12 +107,12 @@ def test_only_greedy_answers_that_mostly_agree_stand_for_the_references(run):
     settings = EvaluationTask(run, EvaluationRequest(adapter="none", limit=ROWS)).settings
     equal = Agreement(rows=4, equal=2)
     for_all = settings.model_copy(update={"engine": "vllm", "agreement": equal})
-    assert for_all.stands_for(settings)
+    assert for_all.engine_stands_for(settings)
     for agreement in (None, Agreement(rows=4, equal=1)):
         other = for_all.model_copy(update={"agreement": agreement})
-        assert other.stands_for(for_all) and not other.stands_for(settings)
+        assert other.engine_stands_for(for_all) and not other.engine_stands_for(settings)
     sampled = settings.decoding.model_copy(update={"do_sample": True})
-    assert not for_all.model_copy(update={"decoding": sampled}).stands_for(settings)
+    assert not for_all.model_copy(update={"decoding": sampled}).engine_stands_for(settings)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,11 @@ def test_a_malformed_file_is_refused(tmp_path, text, problem):
             "--set: two trials are called lora_r=8; give each entry of _ a different name",
             id="same value",
         ),
+        pytest.param(
+            ["lora_r=8", "lora_r=16"],
+            "--set: lora_r is given twice; give all values at once, as in --set lora_r=1,2",
+            id="same key",
+        ),
     ],
 )
 def test_options_without_a_sweep_are_refused(texts, problem):

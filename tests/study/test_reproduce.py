@@ -226,13 +226,13 @@ def composed(*recipes: str, **more: Any) -> list[Composed]:
 
 
 def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_once(published_data):
-    reproduce.have_data(published_data, composed("llama-2-7b"))
+    reproduce.ensure_data(published_data, composed("llama-2-7b"))
     assert sorted(file.name for file in Path("data").iterdir()) == ["codereviewer", "codereviewer-raw"]
     both = composed("llama-2-7b", "as-released/llama-3-8b")
-    reproduce.have_data(published_data, both)
+    reproduce.ensure_data(published_data, both)
     assert "<add>" in Path("data/codereviewer-tagged/train.jsonl").read_text()
     before = {file: file.stat().st_mtime_ns for file in Path("data").rglob("*.jsonl")}
-    reproduce.have_data(published_data, both)
+    reproduce.ensure_data(published_data, both)
     assert before == {file: file.stat().st_mtime_ns for file in Path("data").rglob("*.jsonl")}
 
 
@@ -240,13 +240,13 @@ def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(publish
     server.files["adapter_config.json"] = b"{}"
     url = server.url.replace("Comment_Generation.zip", "adapter_config.json")
     published_data.data.sources["init/adapter_config.json"] = DataSource(url=url)
-    reproduce.have_data(published_data, composed("llama-2-7b"))
+    reproduce.ensure_data(published_data, composed("llama-2-7b"))
     assert not Path("data/codereviewer-raw/init").exists()
     start = composed("llama-2-7b", overrides=typed("lora_model_dir=data/codereviewer-raw/init"))
     assert reproduce._outlined_data(published_data, start) == [
         "data/codereviewer-raw: to be fetched, of unknown size, from https://zenodo.org/records/6900648"
     ]
-    reproduce.have_data(published_data, start)
+    reproduce.ensure_data(published_data, start)
     assert Path("data/codereviewer-raw/init/adapter_config.json").read_text() == "{}"
     assert reproduce._outlined_data(published_data, start) == []
     published_data.data.sources["own/adapter_config.json"] = DataSource()
@@ -285,12 +285,12 @@ def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(publish
     ],
 )
 def test_data_that_is_not_the_studys_is_refused_and_left_as_it_is(published_data, spoil, reason):
-    reproduce.have_data(published_data, composed("llama-2-7b"))
+    reproduce.ensure_data(published_data, composed("llama-2-7b"))
     folder = Path("data/codereviewer")
     spoil(folder)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(UserError) as refused:
-        reproduce.have_data(published_data, composed("llama-2-7b"))
+        reproduce.ensure_data(published_data, composed("llama-2-7b"))
     assert str(refused.value) == (
         f"data/codereviewer: differs from the study's data: {reason}; move the folder away and run this command again, "
         "or run the recipes one by one with this data"
@@ -299,11 +299,11 @@ def test_data_that_is_not_the_studys_is_refused_and_left_as_it_is(published_data
 
 
 def test_data_whose_preparation_was_killed_is_prepared_again(published_data):
-    reproduce.have_data(published_data, composed("llama-2-7b"))
+    reproduce.ensure_data(published_data, composed("llama-2-7b"))
     folder = Path("data/codereviewer")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     (folder / "train.jsonl").rename(folder / ".train.jsonl.0123456789abcdef.part")
-    reproduce.have_data(published_data, composed("llama-2-7b"))
+    reproduce.ensure_data(published_data, composed("llama-2-7b"))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 

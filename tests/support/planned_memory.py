@@ -1,6 +1,6 @@
 """Parts of a plan for several GPUs."""
 
-from qlora_recipes.plan.step_plan import StepPlan, per_gpu
+from qlora_recipes.plan.step_plan import StepPlan, bytes_by_parallelism
 
 WEIGHTS = ("base weights", "quantization constants", "embeddings and head")
 
@@ -15,6 +15,8 @@ def kept_by_rank(step_plan: StepPlan, gpus: int) -> dict[str, float]:
     layer = (frozen + trained) / step_plan.memory.sizes["layers"]
     gathered = max(layer, parts.get("embeddings and head", 0)) * (1 - 1 / gpus)
     by_parallelism = {
-        parallelism: size - rest for parallelism, size in per_gpu(step_plan, gpus).items() if parallelism != "DDP"
+        parallelism: size - rest
+        for parallelism, size in bytes_by_parallelism(step_plan, gpus).items()
+        if parallelism != "DDP"
     }
     return by_parallelism | {parallelism: by_parallelism[parallelism] - gathered for parallelism in ("ZeRO-3", "FSDP")}

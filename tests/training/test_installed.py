@@ -43,7 +43,7 @@ def test_attention():
     from axolotl.utils.schemas.enums import ATTN_IMPLS_SUPPORTING_PACKING, LEGACY_ATTN_FLAG_TO_IMPL
 
     assert ATTN_IMPLS_SUPPORTING_PACKING | {"sdpa", "eager"} == data_rules.KEEP_DOCUMENTS_APART
-    assert LEGACY_ATTN_FLAG_TO_IMPL == numerics.OLD_KEYS
+    assert LEGACY_ATTN_FLAG_TO_IMPL == numerics.OLD_ATTENTION_KEYS
 
 
 def test_schedulers_that_need_options():

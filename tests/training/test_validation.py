@@ -195,7 +195,7 @@ def test_the_schema_alone_finds_what_all_of_axolotl_finds(monkeypatch):
     from qlora_recipes.base.hub import importing_axolotl
 
     by_schema = ASK_CHILD(configs, ANY_GPU)
-    monkeypatch.setattr(validation, "needs_plugins", lambda _: True)
+    monkeypatch.setattr(validation, "exceeds_schema", lambda _: True)
     with importing_axolotl():
         by_axolotl = [validation.findings(config, ANY_GPU) for config in configs]
     for config, rows, findings in zip(configs, by_schema, by_axolotl, strict=True):
