@@ -1,5 +1,6 @@
 """Tokens of a config's rows: lengths, mistakes, and rows to look at."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import batched, chain, groupby, islice
@@ -16,6 +17,7 @@ from ..config.datafiles import DatasetRef
 from ..config.finding import Faults, Finding
 from ..config.substitution import uses_small_model
 from ..config.training_settings import TrainingSettings
+from ..data.raw_rows import parquet_batches
 from ..training.losses import MASKED
 from ..training.row_types import row_type
 from ..training.tokens import Tokenizer, Tokens, count_packed, end_ids, padding, unknown_roles
@@ -281,6 +283,9 @@ def _numbered(tokenizer: Tokenizer, dataset: DatasetRef) -> Iterator[tuple[Place
     other formats. Missing files have no rows."""
     files = datafiles.jsonl_files(dataset.entry)
     if not files and any(file.is_file() for file in datafiles.local_files(dataset.entry)):
+        for file in datafiles.local_files(dataset.entry):
+            if file.suffix == ".parquet":
+                deque(parquet_batches(file), maxlen=0)  # Axolotl would expand it without a bound
         for number, row in enumerate(tokenizer.load(dataset), start=1):
             yield (dataset.path, number), row
         return

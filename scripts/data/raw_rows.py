@@ -9,6 +9,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from io import BufferedReader
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -269,6 +270,30 @@ def _delimiter(header: str) -> str:
     return ","
 
 
+def parquet_batches(path: Path) -> Iterator[Any]:
+    """Batches of a Parquet file's rows, of pyarrow.
+
+    Raises:
+        UserError: the file is damaged, or expands to more than a thousand times its size.
+    """
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        file = ParquetFile(path)
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+        batches = file.iter_batches(100)
+        while size < MOST_EXPANDED + 1000 * path.stat().st_size:
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+            size += batch.nbytes + 100 * len(batch)
+        raise ArrowException("it expands to more than a thousand times its size; save it as JSON lines")
+    except (ArrowException, OSError) as error:
+        raise UserError(f"not a usable Parquet file: {error}", file=path) from None
+
+
 class RawFile:
     """Raw file, or several files read as one.
 
@@ -305,7 +330,7 @@ class RawFile:
         if suffix in (".csv", ".tsv", ".txt"):
             return self._csv_rows(stream)
         if suffix == ".parquet":
-            return self._parquet_rows(stream)
+            return chain.from_iterable(batch.to_pylist() for batch in parquet_batches(self.path))
         is_array = stream.peek(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
         if suffix == ".json" and is_array:
             return self._array(stream)
@@ -323,24 +348,6 @@ class RawFile:
         if not all(isinstance(row, dict) for row in rows):
             raise UserError("not a JSON array of mappings", file=self.path)
         yield from rows
-
-    def _parquet_rows(self, stream: IO[bytes]) -> Iterator[Row]:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-
-        try:
-            file = ParquetFile(stream)
-            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
-            batches = file.iter_batches(100)
-            while size < MOST_EXPANDED + 1000 * self.path.stat().st_size:
-                batch = next(batches, None)
-                if batch is None:
-                    return
-                yield from batch.to_pylist()
-                size += batch.nbytes + 100 * len(batch)
-            raise ArrowException("it expands to more than a thousand times its size; save it as JSON lines")
-        except (ArrowException, OSError) as error:
-            raise UserError(f"not a usable Parquet file: {error}", file=self.path) from None
 
     def _csv_rows(self, stream: "BufferedReader[Any]") -> Iterator[Row]:
         csv.field_size_limit(sys.maxsize)

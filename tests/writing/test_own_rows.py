@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 import pytest
+from conftest import recipe_config
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import read_rows, write_rows
@@ -198,6 +199,11 @@ def test_a_parquet_file_that_would_expand_to_gigabytes_is_refused(recipe, place,
         "recipe: rows.parquet: not a usable Parquet file: it expands to more than a thousand times its size; save it "
         "as JSON lines\n"
     )
+    data = {"path": "rows.parquet", "type": {"field_instruction": "question", "field_output": "answer"}}
+    (place / "mine.yaml").write_text(yamlfiles.write_yaml(recipe_config("start/qlora") | {"datasets": [data]}))
+    checked = recipe("check", "mine.yaml", "--all-rows", "--rehearse")
+    assert checked.returncode == 2
+    assert "it expands to more than a thousand times its size" in checked.stderr + checked.stdout
     assert not (place / "variants").exists() or not [*(place / "variants").iterdir()]
 
 
