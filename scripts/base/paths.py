@@ -26,6 +26,7 @@ def _built_in(folder: str) -> Path:
 RECIPES = _built_in("recipes")
 TEMPLATES = _built_in("templates")
 PROFILES = RECIPES / "profiles"
+SWEEPS = RECIPES / "sweeps"
 HOURS = RECIPES / "hours.json"
 """Hours of the built-in recipes on one GPU, and equal figures of plans and published logs; tools/plans.py writes it."""
 RUNS = "QLORA_RUNS"
@@ -191,16 +192,23 @@ def find_profile(name: str) -> tuple[str, Path]:
     Raises:
         UserError: the name matches no profile, or several, or has a control character.
     """
+    return _find_yaml(name, PROFILES, "profile")
+
+
+def find_sweep_file(name: str) -> Path:
+    """Find a sweep file by path, or a built-in sweep file by partial name; errors as for `find_profile`."""
+    return _find_yaml(name, SWEEPS, "sweep")[1]
+
+
+def _find_yaml(name: str, folder: Path, kind: str) -> tuple[str, Path]:
+    """Name and path of a user's file, or of a file in a folder of this project, see `find_profile`."""
     require_plain(name)
-    built_in = {file.stem: file for file in sorted(PROFILES.glob("*.yaml"))}
+    built_in = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
     file = Path(name)
-    if name not in built_in and file.is_file():
-        profile = _name_of(file, built_in)
-        if profile is None:
-            return name, file
-        return profile, built_in[profile]
-    profile = meant(name, built_in, "profile", f"; there are {', '.join(built_in)}, or any YAML file")
-    return profile, built_in[profile]
+    if name in built_in or not file.is_file():
+        name = meant(name, built_in, kind, f"; there are {', '.join(built_in)}, or any YAML file")
+        return name, built_in[name]
+    return _name_of(file, built_in) or name, file
 
 
 def template_environment(folder: Path, escape: bool = False) -> "SandboxedEnvironment":

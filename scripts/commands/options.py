@@ -97,7 +97,7 @@ def _runs_folder(context: typer.Context) -> Path:
 
 def complete_sweep_files(incomplete: str) -> list[str]:
     """Complete built-in sweeps and YAML files."""
-    built_in = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
+    built_in = sorted(file.stem for file in paths.SWEEPS.glob("*.yaml"))
     return _beginning(incomplete, [*built_in, *_yaml_files(incomplete)])
 
 

@@ -76,7 +76,7 @@ def sweep_command(
     refuse_without("--gpu", gpu, "--dry-run", dry_run)
     grid = sweep.Grid.from_overrides(set_)
     if file:
-        grid = sweep.Grid.from_file(sweep.find_sweep_file(file)).merged(grid)
+        grid = sweep.Grid.from_file(paths.find_sweep_file(file)).merged(grid)
     request = Request(name, profiles=profile, rehearse=rehearse, force=force)
     request.rehearse = is_rehearsal(request)
     requests, study = [request], None

@@ -13,7 +13,7 @@ from typing import Any, Self
 from pydantic import BaseModel, Field
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, meant, recipe_command, require_plain
+from ..base.errors import UserError, meant, recipe_command
 from ..base.files import parse_json, read_bytes, write_atomically
 from ..base.paths import find_recipe
 from ..base.processes import held, now
@@ -442,16 +442,3 @@ def recorded_sweeps() -> dict[str, Sweep]:
         with suppress(OSError, ValueError):
             recorded.append(Sweep.model_validate(parse_json(read_bytes(file))))
     return {sweep.label: sweep for sweep in sorted(recorded, key=lambda sweep: sweep.started)}
-
-
-def find_sweep_file(name: str) -> Path:
-    """Find a sweep file by path, or a built-in sweep file by partial name.
-
-    Raises:
-        UserError: no name or several names match, or the name has a control character.
-    """
-    require_plain(name)
-    built_in = {file.stem: file for file in sorted((paths.RECIPES / "sweeps").glob("*.yaml"))}
-    if name not in built_in and Path(name).is_file():
-        return Path(name)
-    return built_in[meant(name, built_in, "sweep", f"; there are {', '.join(built_in)}, or any YAML file")]

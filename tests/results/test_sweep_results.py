@@ -22,11 +22,11 @@ from qlora_recipes.evaluate import intervals
 from qlora_recipes.results import sweep_results
 from qlora_recipes.results.reports import report_figures
 from qlora_recipes.run import rundir
-from qlora_recipes.study.sweep import Grid, Sweep, Trial, find_sweep_file
+from qlora_recipes.study.sweep import Grid, Sweep, Trial
 from qlora_recipes.training.run_record import Summary
 
 BASE = "haider2024/code-llama-7b"
-BUILT_IN = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
+BUILT_IN = sorted(file.stem for file in paths.SWEEPS.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", [next(iter(one.published)) for one in studies.load_all()])
@@ -34,7 +34,7 @@ BUILT_IN = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"
 def test_trials_of_built_in_sweeps_are_clean_over_a_recipe_of_each_study(sweep, name, place, prepared):
     (place / "data").symlink_to(prepared)
     configs = []
-    for trial in Grid.from_file(find_sweep_file(sweep)).trials():
+    for trial in Grid.from_file(paths.find_sweep_file(sweep)).trials():
         composed = compose.compose(Request(name, overrides=trial.overrides))
         findings = check.check_config(composed).findings
         wrong = [finding for finding in findings if finding.level == "error" and finding.rule != "not-prepared"]
@@ -226,7 +226,7 @@ def test_published_scores_stand_only_beside_their_settings(tmp_path, sets, profi
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b-lora", "llama-3.1-8b-qlora"])
 def test_trials_stand_beside_the_published_scores_of_their_settings(tmp_path, name):
-    grid = Grid.from_file(find_sweep_file("rate-and-rank"))
+    grid = Grid.from_file(paths.find_sweep_file("rate-and-rank"))
     study = studies.find("tinker-tulu3")
     published = published_beside(tmp_path, f"tinker-tulu3/{name}", grid, [])
     lowest = study.published[study.origin(f"tinker-tulu3/{name}")].scores["nll"]
