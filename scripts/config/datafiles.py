@@ -21,8 +21,6 @@ from .merging import flatten, last_key
 from .training_settings import TrainingSettings
 
 _SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".text", ".txt", ".gz", ".zst"}
-FORMATS = ("json", "csv", "parquet", "arrow", "text")
-"""Formats that `datasets` reads without running or unpickling anything."""
 
 
 Section = Literal["datasets", "test_datasets"]
