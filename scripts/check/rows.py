@@ -191,7 +191,7 @@ class _Reader:
         self.dataset = dataset
         self.key = f"{dataset.key}.path"
         self.type = row_type(dataset.entry)
-        self.paths = [path for path in datafiles.local_files(dataset.entry) if path.is_file()]
+        self.paths = datafiles.present_files(dataset.entry)
         self.files = [_File(self.key, path) for path in self.paths if path.suffix == ".jsonl"]
         self.special = None
         if special and not isinstance(self.type, Segments):  # the author of segments writes special tokens on purpose

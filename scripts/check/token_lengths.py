@@ -282,8 +282,9 @@ def _numbered(tokenizer: Tokenizer, dataset: DatasetRef) -> Iterator[tuple[Place
     Rows beyond the data set's split are left out, and JSONL rows that Axolotl cannot read. Axolotl loads the
     other formats. Missing files have no rows."""
     files = datafiles.jsonl_files(dataset.entry)
-    if not files and any(file.is_file() for file in datafiles.local_files(dataset.entry)):
-        for file in datafiles.local_files(dataset.entry):
+    present = datafiles.present_files(dataset.entry)
+    if not files and present:
+        for file in present:
             if file.suffix == ".parquet":
                 deque(parquet_batches(file), maxlen=0)  # Axolotl would expand it without a bound
         for number, row in enumerate(tokenizer.load(dataset), start=1):

@@ -159,9 +159,14 @@ def _local_path(name: Any) -> Path | None:
     return None
 
 
+def present_files(dataset: Config) -> list[Path]:
+    """A data set's existing local files."""
+    return [file for file in local_files(dataset) if file.is_file()]
+
+
 def jsonl_files(dataset: Config) -> list[Path]:
     """A data set's existing local JSONL files."""
-    return [file for file in local_files(dataset) if file.suffix == ".jsonl" and file.is_file()]
+    return [file for file in present_files(dataset) if file.suffix == ".jsonl"]
 
 
 def jsonl(entry: Config, folder: Path = Path()) -> Path | None:

@@ -92,7 +92,7 @@ def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
         UserError: rows or tokenizer are missing on this machine, Axolotl refuses the rows, or no rows are left.
     """
     for dataset in datafiles.training_sets(composed.config):
-        if not any(file.is_file() for file in datafiles.local_files(dataset.entry)):
+        if not datafiles.present_files(dataset.entry):
             raise UserError(f"--all-rows: {dataset.key}: its rows are not on this machine; leave --all-rows out")
     sizes, padding = check.training_lengths(composed, force)
     if not sizes:
