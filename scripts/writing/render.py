@@ -72,14 +72,14 @@ def describe(entry: Config, name: str, folder: Path) -> ModelFacts:
     """
     sizes = entry.get("config", {}) | read_json(folder / "config.json")
     kind = str(sizes.get("model_type"))
-    padding = _padding(entry, folder)
+    pad_token, pad_reason = padding = _padding(entry, folder)
     facts = ModelFacts(
         title=str(entry.get("title", name)),
         about=f"licence {entry.get('licence', 'not known')}, {_access(entry, name)}",
         revision=entry.get("revision"),
         revision_reason=_revision_reason(entry, name),
-        pad_token=padding.token,
-        pad_reason=padding.reason,
+        pad_token=pad_token,
+        pad_reason=pad_reason,
         layers=models.LAYERS.get(kind, ()),
         soft_caps=_SOFT_CAPS.get(kind, ""),
     )
@@ -122,30 +122,20 @@ def _revision_reason(entry: Config, name: str) -> str:
     return "models.yaml lists no commit, so a run uses the newest"
 
 
-@dataclass(frozen=True)
-class _Padding:
-    """Padding token for a recipe to set, or None, with the reason."""
-
-    token: str | None
-    reason: str
+_UNKNOWN_PADDING = None, "not known whether the tokenizer names a padding token; if not, Axolotl pads with EOS"
 
 
-_UNKNOWN_PADDING = _Padding(
-    None, "not known whether the tokenizer names a padding token; if not, Axolotl pads with EOS"
-)
-
-
-def _padding(entry: Config, folder: Path) -> _Padding:
-    """Choose the padding token of a model, from its tokenizer or its entry in models.yaml."""
+def _padding(entry: Config, folder: Path) -> tuple[str | None, str]:
+    """Padding token for a recipe to set, or None, with the reason; from the tokenizer or the entry in models.yaml."""
     token, eos = entry.get("own_pad_token"), None
     if (folder / "tokenizer_config.json").is_file():
         token, eos = models.token(folder, "pad_token"), models.token(folder, "eos_token")
     if token:
-        return _Padding(None, f"the tokenizer has a padding token, {token}")
+        return None, f"the tokenizer has a padding token, {token}"
     if "pad_token" in entry:
-        return _Padding(str(entry["pad_token"]), str(entry.get("pad_reason", "the one in templates/models.yaml")))
+        return str(entry["pad_token"]), str(entry.get("pad_reason", "the one in templates/models.yaml"))
     if eos:
-        return _Padding(eos, "EOS, Axolotl's fallback; padding carries no label")
+        return eos, "EOS, Axolotl's fallback; padding carries no label"
     return _UNKNOWN_PADDING
 
 
