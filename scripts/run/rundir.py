@@ -282,26 +282,22 @@ def summarise(metrics: list[Row]) -> Summary:
     if _ON_GPU in last:
         memory, memory_kind = _ON_GPU, GPU_MEMORY
     peaks = _peaks(metrics, memory)
-    return Summary(
-        step=last["step"],
-        max_steps=last.get("max_steps"),
-        epoch=last.get("epoch"),
-        loss=last.get("loss"),
-        eval_loss_first=first.get("eval_loss"),
-        eval_loss=final.get("eval_loss"),
-        eval_loss_per_token_first=first.get("eval_loss_per_token"),
-        eval_loss_per_token=final.get("eval_loss_per_token"),
-        eval_tokens=last.get("eval_tokens"),
-        kept_step=newest.get("kept_step"),
-        train_seconds=_seconds(metrics),
-        tokens_per_second=_tokens_per_second(metrics),
-        peak_memory=max(peaks, default=None),
-        memory_kind=memory_kind if peaks else None,
-        training_rows=last.get("training_rows"),
-        trainable_parameters=last.get("trainable_parameters"),
-        trouble=_trouble(metrics),
-        ended=newest.get("ended"),
-    )
+    computed = {
+        "eval_loss_first": first.get("eval_loss"),
+        "eval_loss": final.get("eval_loss"),
+        "eval_loss_per_token_first": first.get("eval_loss_per_token"),
+        "eval_loss_per_token": final.get("eval_loss_per_token"),
+        "kept_step": newest.get("kept_step"),
+        "ended": newest.get("ended"),
+        "trouble": _trouble(metrics),
+    }
+    computed |= {
+        "train_seconds": _seconds(metrics),
+        "tokens_per_second": _tokens_per_second(metrics),
+        "peak_memory": max(peaks, default=None),
+        "memory_kind": memory_kind if peaks else None,
+    }
+    return Summary.model_validate(last | computed)
 
 
 def _first_and_final_evaluation(metrics: Sequence[Row]) -> tuple[Row, Row]:
