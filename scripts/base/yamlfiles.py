@@ -4,7 +4,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -163,6 +163,15 @@ def _values(value: Any) -> Iterator[Any]:
     if isinstance(value, list):
         for item in value:
             yield from _values(item)
+
+
+def with_texts(value: Any, changed: Callable[[str], str]) -> Any:
+    """Copy of a value in which a function changes each text, also in nested lists and mappings."""
+    if isinstance(value, dict):
+        return {key: with_texts(item, changed) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_texts(item, changed) for item in value]
+    return changed(value) if isinstance(value, str) else value
 
 
 def read_text(file: Path) -> str:

@@ -302,10 +302,6 @@ def _mirrored(config: Config) -> Config:
 
 def filled(fragment: Any, values: dict[str, str]) -> Any:
     """Fill in {placeholders} in a part of a config; keep placeholders without a value."""
-    if isinstance(fragment, dict):
-        return {key: filled(value, values) for key, value in fragment.items()}
-    if isinstance(fragment, list):
-        return [filled(item, values) for item in fragment]
-    if isinstance(fragment, str):
-        return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), fragment)
-    return fragment
+    return yamlfiles.with_texts(
+        fragment, lambda text: re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), text)
+    )

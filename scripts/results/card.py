@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -278,7 +278,7 @@ class Card:
 
     def _public(self, value: Any) -> Any:
         """Copy of a value, with secrets masked and local paths shortened."""
-        return _without_folders(without_secrets(value), Path(self.result.run.cwd))
+        return yamlfiles.with_texts(without_secrets(value), partial(_without_folders, Path(self.result.run.cwd)))
 
 
 def card(result: RunResult, merged: bool, repository: str | None) -> str:
@@ -334,21 +334,15 @@ def base_model(run_dir: RunDir, run: Run) -> Base:
     return Base(name, is_local=Path(name).is_absolute() or Path(run.cwd, name).is_dir())
 
 
-def _without_folders(value: Any, cwd: Path) -> Any:
-    """Shorten local paths in a value.
+def _without_folders(cwd: Path, value: str) -> str:
+    """Shorten local paths in a text.
 
     A path below `cwd` becomes relative. Any other path is cut to its last part.
     """
-    if isinstance(value, dict):
-        return {name: _without_folders(below, cwd) for name, below in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(below, cwd) for below in value]
-    if not isinstance(value, str):
-        return value
     path = Path(value)
     is_long = path.is_absolute() and len(path.parts) > 2
     if not is_long and ".." not in path.parts:
-        return _LOCAL_PATH.sub(lambda match: _without_folders(match[0].removeprefix("file://"), cwd), value)
+        return _LOCAL_PATH.sub(lambda match: _without_folders(cwd, match[0].removeprefix("file://")), value)
     if path.is_relative_to(cwd):
         return str(path.relative_to(cwd))
     return path.name
