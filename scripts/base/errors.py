@@ -78,6 +78,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: Exception) -> str:
+    """First line of another library's error; the error's type if it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint with the nearest choices; empty if no choice is near."""
     names = {choice.lower(): choice for choice in choices}

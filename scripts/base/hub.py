@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, cast
 
+from .errors import first_line
+
 # transformers and trl both call this on import; each search through the installed packages takes seconds
 _packages_distributions = cache(importlib.metadata.packages_distributions)
 
@@ -118,7 +120,7 @@ def _ask(name: str) -> HubAccess:
             return HubAccess("missing", says)
         return HubAccess("refused" if status in (401, 403) else "unknown", says)
     except Exception as error:  # one of httpx's many network errors
-        return HubAccess("unknown", reason(error))
+        return HubAccess("unknown", first_line(error))
     return HubAccess("open")
 
 
@@ -146,7 +148,7 @@ def content(name: str, file: str, revision: str | None) -> bytes:
     try:
         return Path(within(2 * ANSWER_TIMEOUT, lambda: hf_hub_download(name, file, revision=revision))).read_bytes()
     except Exception as error:  # from the hub or the network
-        raise OSError(reason(error)) from None
+        raise OSError(first_line(error)) from None
 
 
 def within[T](seconds: float, ask: Callable[[], T]) -> T:
@@ -168,11 +170,6 @@ def within[T](seconds: float, ask: Callable[[], T]) -> T:
         return future.result(seconds)
     except TimeoutError:
         raise TimeoutError(f"no answer within {seconds:g} s") from None
-
-
-def reason(error: Exception) -> str:
-    """First line of an error."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def page(name: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base import hub, paths, yamlfiles
-from ..base.errors import UserError, did_you_mean
+from ..base.errors import UserError, did_you_mean, first_line
 from ..base.files import read_bytes, read_json
 from ..base.hardware import GIB
 from ..base.yamlfiles import Config
@@ -117,7 +117,7 @@ def architecture(config: Config, download: bool = True) -> Config:
     except Exception as error:  # raised by the hub, by the network, or for an invalid name
         if is_complete:
             return listed
-        problem = f"the config.json of {name} is not available: {hub.reason(error)}{similar(name)}"
+        problem = f"the config.json of {name} is not available: {first_line(error)}{similar(name)}"
         raise UserError(problem, key="base_model") from None
     return _read_architecture(file)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from transformers.utils.logging import disable_progress_bar
 
 from ..base import paths
-from ..base.errors import UserError, WorkFailed
+from ..base.errors import UserError, WorkFailed, first_line
 from ..base.files import digest, embedding_rows, tensor_shapes
 from ..base.processes import make_once
 from ..base.terminal import say
@@ -272,7 +272,7 @@ def with_adapter(model: Any, folder: str) -> Any:
     try:
         adapted = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError, KeyError) as error:  # shapes or layers differ from the model's
-        raise UserError(f"{file}: not this model's adapter: {str(error).strip().partition('\n')[0]}") from error
+        raise UserError(f"{file}: not this model's adapter: {first_line(error)}") from error
     layers = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     with_embeddings = get_peft_model_state_dict(adapted, save_embedding_layers=True)
     _require_none(file, "the model lacks", saved - with_embeddings.keys())

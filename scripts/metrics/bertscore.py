@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ..base.errors import UserError, WorkFailed
+from ..base.errors import UserError, WorkFailed, first_line
 from ..base.files import sha256
 from ..base.hub import importing_axolotl
 from .metric import Column, Pair, Parameters, RowMetric, ScoreRecord, ScorerRecord, ScoringInput
@@ -43,7 +43,7 @@ class ScorerModel(Parameters):
 
     def not_loaded(self, error: Exception) -> WorkFailed:
         return WorkFailed(
-            f"BERTScore: {self.model} cannot be loaded: {str(error).splitlines()[0]}; leave BERTScore out with "
+            f"BERTScore: {self.model} cannot be loaded: {first_line(error)}; leave BERTScore out with "
             "`--metric bertscore:none`, or name a model folder with `--metric bertscore:DIR`"
         )
 

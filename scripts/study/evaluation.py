@@ -9,7 +9,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from ..base import paths
-from ..base.errors import UserError, WorkFailed
+from ..base.errors import UserError, WorkFailed, first_line
 from ..base.files import read_json, sha256, tensor_shapes, write_json
 from ..base.hub import importing_axolotl
 from ..base.paths import find_recipe
@@ -118,7 +118,7 @@ def locate_adapter(adapter: str) -> tuple[Path, str]:
             raise UserError(f"--adapter {adapter}: neither a folder nor a hub repository") from None
         except (HTTPError, LocalEntryNotFoundError) as error:
             raise WorkFailed(
-                f"--adapter {adapter}: no local folder; fetching it from the hub failed: {str(error).splitlines()[0]}"
+                f"--adapter {adapter}: no local folder; fetching it from the hub failed: {first_line(error)}"
             ) from None
         name = f"{adapter}@{folder.name}"
     if not read_json(folder / CONFIG) or tensor_shapes(folder / ADAPTER) is None:
@@ -139,7 +139,7 @@ def convert_to_peft(folder: Path, form: AdapterFormat) -> Path:
         fork_weights = torch.load(folder / FORK_WEIGHTS, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, UnpicklingError) as error:
         raise UserError(
-            f"{folder / FORK_WEIGHTS}: damaged, or contains more than weights: {str(error).partition('\n')[0]}"
+            f"{folder / FORK_WEIGHTS}: damaged, or contains more than weights: {first_line(error)}"
         ) from None
     weights = {}
     for name, tensor in fork_weights.items():
