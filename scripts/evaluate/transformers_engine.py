@@ -107,9 +107,10 @@ class Reference(Engine):
         `SMALL_CACHE`. The number of tokens is rounded down to a power of two, so that a resumed evaluation usually has
         the same number.
         """
-        memory = self._free_memory() // 2
-        if self.device.type == "cpu":
-            memory = min(SMALL_CACHE, memory // 2)
+        if self.device.type == "cuda":
+            memory = torch.cuda.mem_get_info()[0] // 2
+        else:
+            memory = min(SMALL_CACHE, psutil.virtual_memory().available // 4)
         model = self.prompter.config.get_text_config()
         heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
         width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
@@ -204,12 +205,6 @@ class Reference(Engine):
         for layer in self.model.modules():
             layer.register_forward_pre_hook(partial(_cast, torch.float32))
             layer.register_forward_hook(partial(_cast, self.model.dtype))
-
-    def _free_memory(self) -> int:
-        """Free memory of the device, in bytes."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.mem_get_info()[0])
-        return int(psutil.virtual_memory().available)
 
     def free(self) -> None:
         """Free memory for another engine; this object is unusable afterwards."""
