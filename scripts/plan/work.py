@@ -102,27 +102,20 @@ def counted(composed: Composed, force: Sequence[str] = ()) -> Lengths:
 
 
 def published(composed: Composed) -> Lengths | None:
-    """Row and token counts declared by a study for the model's tokenizer.
+    """Row and token counts declared by a study for the model's tokenizer; None if a change affects the rows.
 
     The counts also apply to an ungated copy of the model, because it has the same tokenizer.
     """
     study = studies.study_of(composed.origin)
-    model = _declared_model(composed)
-    if study is None or model is None:
+    if study is None or any(keys.affects(change.key) == "rows" for change in composed.from_origin):
         return None
+    model = str(models.original(composed.config["base_model"]))
     split = study.data.splits.get("train")
     rows = study.data.rows_of("train")
     tokens = split.tokens.get(model) if split else None
     if not rows or not tokens:
         return None
     return Lengths(rows, tokens, tokens, TokenCount.DECLARED, "the study's data")
-
-
-def _declared_model(composed: Composed) -> str | None:
-    """Base model under which study.yaml states the recipe's tokens; None if a changed setting changes their number."""
-    if any(keys.affects(change.key) == "rows" for change in composed.from_origin):
-        return None
-    return str(models.original(composed.config["base_model"]))
 
 
 def work(composed: Composed, step_plan: StepPlan, gpu: Gpu | None, gpus: int, lengths: Lengths | None) -> Work:
