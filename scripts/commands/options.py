@@ -78,7 +78,7 @@ def complete_recipes(incomplete: str) -> list[str]:
 
 def complete_runs(context: typer.Context, incomplete: str) -> list[str]:
     """Complete `latest`, recipes with runs, and run folders; nothing without runs."""
-    folder = _runs_folder(context)
+    folder = Path(context.find_root().params.get("runs") or paths.runs())
     runs = sorted(run.relative_to(folder) for run in paths.run_folders(folder))
     if not runs:
         return []
@@ -89,10 +89,6 @@ def complete_runs(context: typer.Context, incomplete: str) -> list[str]:
 def complete_things(context: typer.Context, incomplete: str) -> list[str]:
     """Complete runs and studies."""
     return [*complete_runs(context, incomplete), *complete_studies(incomplete)]
-
-
-def _runs_folder(context: typer.Context) -> Path:
-    return Path(context.find_root().params.get("runs") or paths.runs())
 
 
 def complete_sweep_files(incomplete: str) -> list[str]:
