@@ -10,11 +10,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-import orjson
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, field_validator
 
 from ..base.errors import UserError
-from ..base.files import Row, digest, parse_json, parts_of, read_bytes, read_rows, replacing, sha256
+from ..base.files import Row, digest, json_lines, parse_json, parts_of, read_bytes, read_rows, replacing, sha256
 from ..base.terminal import say_once
 from ..base.yamlfiles import Config
 from ..data.studies import Decoding
@@ -492,7 +491,7 @@ def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row], part: Path 
 
     The state of the predictions is added to the evaluation.
     """
-    content = b"".join(orjson.dumps(row) + b"\n" for row in rows)
+    content = b"".join(json_lines(rows))
     with replacing(folder / SCORES) as scores:
         with replacing(folder / PREDICTIONS) as predictions:
             predictions.write(content)
