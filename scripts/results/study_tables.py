@@ -60,7 +60,7 @@ def record(row: StudyRow) -> Row:
     for name, score in row.scores.items():
         fields |= score.as_json(name) | repeats.json_fields(name, score.interval)
         fields |= {f"{name}_spread": score.spread, f"{name}_verdict": score.verdict, f"{name}_model": score.model}
-    fields |= {"eval_loss": row.summary.eval_loss_per_token, "incomparable_loss": None}
+    fields |= {"eval_loss": row.summary.eval_loss_per_token, "incomparable_loss": row.incomparable_loss}
     for key, (ours, published) in _costs(row).items():
         fields |= {key: ours, f"{key}_published": published}
     for key in ("mean", "largest", "step"):
@@ -73,7 +73,6 @@ def record(row: StudyRow) -> Row:
             "state": row.chosen.run.state,
             "published_adapter": row.chosen.run.published_adapter,
             "rows": row.chosen.rows_evaluated,
-            "incomparable_loss": row.incomparable_loss,
         }
     return fields
 
