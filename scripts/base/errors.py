@@ -78,6 +78,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def with_type(error: Exception) -> str:
+    """Message of another library's error behind the error's type."""
+    return f"{type(error).__name__}: {error}"
+
+
 def first_line(error: Exception) -> str:
     """First line of another library's error; the error's type if it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -13,6 +13,7 @@ import orjson
 from packaging.requirements import Requirement
 
 from ..base import hardware, hub, paths, yamlfiles
+from ..base.errors import with_type
 from ..base.files import free_bytes
 from ..base.processes import package_version
 
@@ -66,7 +67,7 @@ def check_environment() -> list[Line]:
         try:
             lines += check()
         except Exception as error:  # a broken environment can raise anything
-            text = f"the check failed: {type(error).__name__}: {error}"
+            text = f"the check failed: {with_type(error)}"
             lines.append(Line(name, "wrong", text, "if the other lines do not explain it, report this output"))
     return lines
 

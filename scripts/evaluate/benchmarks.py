@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..base import paths
-from ..base.errors import UserError, WorkFailed
+from ..base.errors import UserError, WorkFailed, with_type
 from ..base.files import Row, digest
 from ..base.hub import importing_axolotl
 from ..base.processes import bounded
@@ -149,7 +149,7 @@ def _measure(columns: Mapping[str, Column], prompter: "Prompter", options: Measu
                 log_samples=False,
             )
         except Exception as error:  # tasks run code of their own
-            problem = f"{columns[name].label}: the task {task} fails: {type(error).__name__}: {error}"
+            problem = f"{columns[name].label}: the task {task} fails: {with_type(error)}"
             if options.rehearsal and isinstance(error, OSError):  # includes the hub's errors
                 say(f"{problem}; the rehearsal leaves this task out")
                 continue

@@ -14,7 +14,7 @@ from textwrap import shorten
 from typing import Any
 
 from ..base import paths
-from ..base.errors import UserError
+from ..base.errors import UserError, with_type
 from ..base.files import digest, read_json, write_json
 from ..base.hardware import GIB
 from ..base.yamlfiles import Config
@@ -147,7 +147,7 @@ class StepPlan:
             try:
                 traced = trace(self.step, self.shape)
             except Exception as error:  # the trace runs model code, which can raise anything
-                problem = shorten(f"{type(error).__name__}: {error}", 200)
+                problem = shorten(with_type(error), 200)
                 raise UserError(f"this model and adapter cannot be planned: {problem}") from None
         return Memory(allocator.usage(traced), traced.paged, traced.parameters, traced.sizes)
 

@@ -32,7 +32,7 @@ from torch.utils.data import RandomSampler
 from transformers import AutoTokenizer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..base.errors import UserError
+from ..base.errors import UserError, with_type
 from ..base.files import Row, json_rows
 from ..base.processes import end_with_parent
 from ..base.terminal import Bar
@@ -106,7 +106,7 @@ def tokenize(where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[
         table = Dataset.from_list([{name: row.get(name) for name in fields} for row in rows])
         tokenized, _ = get_dataset_wrapper(dataset, tokenizer, limited, base, table, style or None)
     except Exception as error:  # prompt strategies, and fields with values of several types, can raise any exception
-        problem = f"Axolotl cannot tokenize these rows as {kind}: {type(error).__name__}: {error}"
+        problem = f"Axolotl cannot tokenize these rows as {kind}: {with_type(error)}"
         raise UserError(problem, key=where) from None
     return [Tokens(row["input_ids"], row["labels"]) for row in tokenized]
 
@@ -181,7 +181,7 @@ class Tokenizer:
                     )
                     parts.append(loaded)
         except Exception as error:  # files, the network and the hub can raise any exception
-            problem = f"cannot load the rows: {type(error).__name__}: {error}"
+            problem = f"cannot load the rows: {with_type(error)}"
             raise UserError(f"{entry['path']}: {problem}", key=dataset.key) from None
         return chain(*parts)
 
@@ -227,7 +227,7 @@ class Tokenizer:
             with patch.dict(os.environ, AXOLOTL_IS_PREPROCESS="1"):
                 return prepare_datasets(self.cfg, self.tokenizer)[:2]
         except Exception as error:  # files, templates and tokenizers can raise any exception
-            problem = f"Axolotl cannot prepare the rows: {type(error).__name__}: {error}"
+            problem = f"Axolotl cannot prepare the rows: {with_type(error)}"
             raise UserError(problem, key="datasets", remedy="run `recipe check NAME --all-rows`") from None
 
 

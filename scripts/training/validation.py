@@ -25,7 +25,7 @@ import orjson
 from pydantic import ValidationError
 
 from ..base import paths
-from ..base.errors import UserError
+from ..base.errors import UserError, with_type
 from ..base.files import Row, digest, read_json, write_json
 from ..base.hub import importing_axolotl
 from ..base.processes import package_version, start_child
@@ -176,7 +176,7 @@ def _errors(content: Config, gpu: Gpu) -> list[Finding]:
     except ValidationError as error:
         return _pydantic_errors(error, content)
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
+        text = with_type(error)
         return [Finding("error", "axolotl", _named_key(text, content), text)]
     return []
 
