@@ -116,7 +116,7 @@ def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
             if key not in error.instance:
                 yield Finding("error", "missing-key", f"{start}{key}", "missing; set it")
     elif error.validator in ("enum", "const", "anyOf", "type"):
-        problem = f"{_as_yaml(error.instance)} is not {_allowed(error)}"
+        problem = f"{yamlfiles.write_flow(error.instance):.60} is not {_allowed(error)}"
         yield Finding("error", "value", path, problem, _how_to_write(error.instance))
     else:
         yield Finding("error", "value", path, error.message[:200])
@@ -151,12 +151,6 @@ def _allowed(error: Any) -> str:
         if cause.validator == "type" and cause.validator_value in _TYPES:
             types.append(_TYPES[cause.validator_value])
     return " or ".join(dict.fromkeys(types))
-
-
-def _as_yaml(value: Any) -> str:
-    """A value in YAML notation, shortened."""
-    text = yamlfiles.write_flow(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _how_to_write(value: Any) -> str:
