@@ -100,7 +100,7 @@ def _options(
     ] = False,
     runs: Annotated[
         str | None,
-        typer.Option("--runs", metavar="DIR", help="Folder of all runs; default: $QLORA_RUNS, or runs."),
+        typer.Option(metavar="DIR", help="Folder of all runs; default: $QLORA_RUNS, or runs."),
     ] = None,
 ) -> None:
     if runs:

@@ -44,7 +44,6 @@ Adapter = Annotated[
 EngineName = Annotated[
     str,
     typer.Option(
-        "--engine",
         metavar="transformers|vllm|URL",
         help="Inference engine. URL: vLLM or llama.cpp server (docs/laptop.md). `make vllm` installs vllm.",
     ),
@@ -128,7 +127,7 @@ def score_command(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")],
     metric: Annotated[
         list[str],
-        repeatable_option("--metric", metavar="NAME", help="Use this metric, not the defaults. Repeatable."),
+        repeatable_option(metavar="NAME", help="Use this metric, not the defaults. Repeatable."),
     ],
     prediction_field: Annotated[
         str,

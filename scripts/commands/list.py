@@ -215,7 +215,7 @@ def new_command(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="MODEL", help="Another base model: owner/name on Hugging Face, or a folder."),
+        typer.Option(metavar="MODEL", help="Another base model: owner/name on Hugging Face, or a folder."),
     ] = None,
     data: Annotated[
         Path | None,

@@ -164,7 +164,6 @@ StudyName = Annotated[
 PlannedGpu = Annotated[
     gpus.Gpu | None,
     typer.Option(
-        "--gpu",
         parser=gpus.find_gpu,
         rich_help_panel=WHERE,
         metavar="NAME",
@@ -191,7 +190,6 @@ SweepFile = Annotated[
 Profiles = Annotated[
     list[str],
     repeatable_option(
-        "--profile",
         metavar="P",
         autocompletion=complete_profiles,
         help=f"Merge in a YAML file, or a built-in profile: {', '.join(_PROFILES)}. Repeatable.",
@@ -210,7 +208,6 @@ Overrides = Annotated[
 Force = Annotated[
     list[str],
     repeatable_option(
-        "--force",
         metavar="FINDING",
         help="Override the `recipe check` error named FINDING. Repeatable.",
     ),
@@ -226,12 +223,11 @@ Limit = Annotated[
 ]
 Seeds = Annotated[
     int,
-    typer.Option("--seeds", metavar="N", min=1, help="Train everything with N seeds, the recipe's own seed first."),
+    typer.Option(metavar="N", min=1, help="Train everything with N seeds, the recipe's own seed first."),
 ]
 Metrics = Annotated[
     list[str],
     repeatable_option(
-        "--metric",
         metavar="NAME",
         help="Add to the study's metrics; without a study, replace the defaults. Repeatable.",
     ),
@@ -242,7 +238,6 @@ BatchSize = Annotated[
 On = Annotated[
     str,
     typer.Option(
-        "--on",
         rich_help_panel=WHERE,
         metavar="local|slurm[,KEY=VALUE]...",
         help="Run locally, or on SLURM with sbatch options (slurm,time=8:00:00); see docs/clusters.md.",
@@ -252,7 +247,6 @@ RehearseAll = Annotated[bool, typer.Option("--rehearse", help="Try it on the CPU
 Stage = Annotated[
     Literal["predictions", "adapter", "training"],
     typer.Option(
-        "--stage",
         help="What to score: published predictions, published adapters, or adapters that you train.",
     ),
 ]
