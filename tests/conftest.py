@@ -91,7 +91,7 @@ class Recipe:
 
 LONGEST = (
     "deep_dive",
-    *("verify", "memory", "engines", "own_study", "own_tasks", "eval_loss", "stages", "benchmarks", "sky_task"),
+    *("verify", "memory", "parallelism", "own_study", "own_tasks", "eval_loss", "stages", "benchmarks", "sky_task"),
     *("slurm", "evaluation_rows", "sweep", "run", "report", "tokens", "work", "vllm", "bertscore", "authors_tokens"),
     *("predict", "reproduce", "plan", "plugin", "gguf_files"),
 )

@@ -125,7 +125,7 @@ def test_a_server_that_took_the_port_is_not_asked(run, fake_vllm, monkeypatch, m
     with serving(lambda body: None) as server:
         server.models = 200, models
         monkeypatch.setattr(vllm, "_free_port", lambda: server.server_port)
-        with pytest.raises(WorkFailed, match=r"(?s)URL already in use.*vLLM has ended with code 1"):
+        with pytest.raises(WorkFailed, match=r"(?s)Address already in use.*vLLM has ended with code 1"):
             evaluated(run, engine="vllm")
     assert server.requests == []
 
