@@ -69,9 +69,10 @@ def _parsed(lines: str) -> tuple[str, dict[str, str]]:
         fields = tomllib.loads(re.sub("(?m)^# ?", "", lines))
     except tomllib.TOMLDecodeError as error:
         return f"not TOML: {error}", {}
+    defaults = asdict(Header())
     for field, value in fields.items():
-        if field not in asdict(Header()):
-            return f"{field} is unknown{did_you_mean(field, asdict(Header()))}", {}
+        if field not in defaults:
+            return f"{field} is unknown{did_you_mean(field, defaults)}", {}
         if not isinstance(value, str):
             return f"{field}: not text", {}
     return "", fields

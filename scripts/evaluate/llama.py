@@ -125,9 +125,7 @@ async def _props(root: openai.AsyncOpenAI) -> _Props:
     return _Props.model_validate_json(await root.get("props", cast_to=str))
 
 
-async def _post[Reply: BaseModel](
-    client: openai.AsyncOpenAI, endpoint: str, reply: type[Reply], **body: object
-) -> Reply:
+async def _post[T: BaseModel](client: openai.AsyncOpenAI, endpoint: str, reply: type[T], **body: object) -> T:
     """Post to an endpoint of llama.cpp's own; return its reply."""
     return reply.model_validate_json(await client.post(endpoint, cast_to=str, body=body))
 
