@@ -19,8 +19,8 @@ VLLM_LOCK = $(if $(shell nvidia-smi -L 2> /dev/null),requirements-vllm.lock,requ
 CHECK := .venv/bin/check-jsonschema --default-filetype yaml --builtin-schema vendor.
 COMPILED = --universal --python-version 3.12 --generate-hashes --no-annotate --no-emit-index-url --quiet -o
 
-.PHONY: setup demo vllm sky llama test test-programs test-long verify coverage test-image lint lint-github lock upgrade \
-	audit benchmark compare-memory picture notebook
+.PHONY: setup demo vllm sky llama test test-programs test-long verify coverage test-image lint lint-github lock \
+	upgrade audit benchmark compare-memory generated picture notebook
 
 setup: .venv/.complete  ## Install requirements.lock and the command recipe into .venv; CUDA=12.6 for an older driver
 
@@ -73,6 +73,13 @@ benchmark: setup  ## Measure the speed; prints the table in CONTRIBUTING.md
 
 compare-memory: setup  ## Compare planned memory with published figures, and with another planner
 	.venv/bin/python tools/compare_memory.py
+
+# Plans need the rendered recipes, and recipes/README.md shows their hours.
+generated: setup  ## Write generated files in order: schemas, recipes, plans, tables
+	.venv/bin/python tools/schemas.py
+	.venv/bin/recipe render
+	.venv/bin/python tools/plans.py
+	.venv/bin/recipe render
 
 notebook: setup  ## Write docs/free-t4.ipynb from its page, and execute docs/qlora.ipynb in place, in ten minutes
 	.venv/bin/python tools/notebook.py

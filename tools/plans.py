@@ -1,6 +1,6 @@
 """Writes plans of the built-in recipes, which `recipe plan` and `recipe check` show without a trace.
 
-It also writes recipes/hours.json, which `recipe list` and recipes/README.md show; then run `recipe render`.
+It also writes recipes/hours.json, which `recipe list` and recipes/README.md show. `make generated` runs all in order.
 
 .venv/bin/python tools/plans.py          # traces the steps that the files lack, and drops those of no recipe
 .venv/bin/python tools/plans.py --all    # traces all of them again, in some minutes

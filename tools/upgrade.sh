@@ -24,4 +24,4 @@ diff --unified=0 build/before.txt build/after.txt || true
 if grep FAILED build/before.txt build/after.txt; then
     exit 1
 fi
-echo "\`git -C build/upgrade diff | git apply\` takes pin, lock and schema into the checkout; then \`make setup\`, keys.yaml, tools/plans.py, \`make test\`"
+echo "\`git -C build/upgrade diff | git apply\` takes pin, lock and schema into the checkout; then \`make setup\`, keys.yaml, \`make generated\`, \`make test\`"
