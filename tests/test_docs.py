@@ -15,9 +15,9 @@ from command_line import ALL, COMMANDS, parsed, subcommands
 
 from qlora_recipes.base import paths
 from qlora_recipes.base.files import write_rows
+from qlora_recipes.check.rule import RULES
 from qlora_recipes.config import datafiles
 from qlora_recipes.config.compose import Request, compose
-from qlora_recipes.config.finding import RULES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "AGENTS.md", "CONTRIBUTING.md", "templates/README.md")]

@@ -12,12 +12,13 @@ from ..base.hub import importing_axolotl
 from ..base.yamlfiles import Config
 from ..config import compose, models, substitution
 from ..config.compose import Composed, Request
-from ..config.finding import LEVELS, Case, Finding, override_errors, refuse, remaining_errors, rule_findings
+from ..config.finding import LEVELS, NO_BATCH, Finding, override_errors, refuse, remaining_errors
 from ..config.gpus import Gpu
 from ..config.training_settings import TrainingSettings
 from ..data import studies
 from ..training import validation
-from . import code_rules, data_rules, model_rules, schema, settings_rules  # noqa: F401 (rules add themselves)
+from . import schema
+from .rule import RULES, Case, rule_findings
 
 
 @dataclass
@@ -38,7 +39,11 @@ class Report:
 
     def as_json(self) -> Row:
         """The report for --json."""
-        findings = [asdict(finding) | {"name": finding.name} for finding in self.findings]
+        findings = []
+        for finding in self.findings:
+            row = asdict(finding) | {"name": finding.name}
+            del row["rule_scope"]
+            findings.append(row)
         return {"checked": self.name, "findings": findings, "data": self.data}
 
     def data_table(self) -> list[Row]:
@@ -133,7 +138,7 @@ def add_validation(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[s
             ready.append((report, report.composed))
     results = validation.validate([composed for _, composed in ready], gpu)
     for (report, composed), findings in zip(ready, results, strict=True):
-        report.validated = all(finding.rule != "not-validated" for finding in findings)
+        report.validated = all(finding.rule != validation.NOT_VALIDATED for finding in findings)
         # the rules have better messages for the same mistake
         wrong = {error.top_key for error in remaining_errors(report.findings, force)} - {""}
         report.add(placed((finding for finding in findings if finding.key not in wrong), composed))
@@ -177,12 +182,12 @@ def _run_findings(case: Case, composed: Composed) -> Iterator[Finding]:
     """Findings about the profiles, the GPU and the warm-up of a run."""
     for why, changes in composed.incompatible.items():
         problem = f"the profile leaves out or changes {', '.join(changes)}, because {why}"
-        yield Finding("note", "unfit", "", problem)
+        yield Finding("note", "unfit", "", problem, rule_scope="gpu")
     if composed.rehearsal:
         return
     if case.launching and not case.gpu and not models.is_small(composed.config):
         problem = "no NVIDIA GPU found; a CPU is too slow"
-        yield Finding("error", "no-gpu", "", problem, "add --rehearse for a trial")
+        yield Finding("error", "no-gpu", "", problem, "add --rehearse for a trial", rule_scope="machine")
     if not case.wrong:  # steps cannot be counted with values that break the schema
         yield from _fixed_warm_up(composed, case.gpus)
 
@@ -290,6 +295,15 @@ def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[lis
         from ..training import tokens
 
         return tokens.trained_on(composed.config)
+
+
+def is_found_at_start(name: str) -> bool:
+    """True for the name of a finding about a data file, its rows or this machine, see `Finding.name`."""
+    rule, _, key = name.partition(":")
+    if rule in (NO_BATCH, validation.NOT_VALIDATED):
+        return True
+    scope = RULES[rule].scope if rule in RULES else "config"
+    return Finding("note", rule, key, "", rule_scope=scope).scope in ("data", "machine")
 
 
 def _unreadable(name: str, error: UserError) -> Finding:

@@ -13,15 +13,16 @@ from ..base.files import read_bytes
 from ..base.secrets import without_secrets
 from ..base.yamlfiles import Config
 from ..config import keys, models
-from ..config.finding import Case, Finding, Problems, rule, rule_findings
+from ..config.finding import Finding
 from ..config.merging import flatten, top_key
 from ..config.models import ModelFiles
 from . import schema
+from .rule import Case, Problems, rule, rule_findings
 
 READ_IT = "read the code; to run it, pass the name in brackets to --force"
 
 
-@rule
+@rule(scope="code")
 def foreign_code(case: Case) -> Problems:
     """A value that Axolotl hands to transformers, datasets, kernels, PEFT, DeepSpeed or torch, and that is on no list.
 
@@ -47,7 +48,7 @@ def _with_deepspeed(config: Config) -> Config:
     return config | {"deepspeed": ModelFiles([], lambda file: read_bytes(Path(file))).json(deepspeed) or name}
 
 
-@rule
+@rule()
 def without_consent(case: Case) -> Problems:
     """A path, host or account that the user did not set.
 
@@ -109,7 +110,7 @@ def _is_harmless(key: str, value: Any) -> bool:
     return is_ignored or line.is_harmless(value)
 
 
-@rule
+@rule(scope="code")
 def pickled_weights(case: Case) -> Problems:
     """torch.load unpickles all weights but safetensors; a pickle can contain code.
 

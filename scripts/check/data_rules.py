@@ -6,12 +6,12 @@ from typing import Any
 from ..base import paths
 from ..base.yamlfiles import Config
 from ..config import datafiles, gpus, models
-from ..config.finding import Case, Problems, rule
 from ..config.numerics import AMPERE, precision, takes_varlen
 from ..data import studies
+from .rule import Case, Problems, rule
 
 
-@rule
+@rule()
 def no_data(case: Case) -> Problems:
     """Axolotl also refuses a config without training rows, but only after its imports (15 s) or after tokenizing."""
     if case.is_set("pretraining_dataset"):
@@ -25,7 +25,7 @@ def no_data(case: Case) -> Problems:
         yield "error", "val_set_size", f"{held_out} leaves no rows for training", remedy
 
 
-@rule
+@rule(scope="data")
 def not_prepared(case: Case) -> Problems:
     """A run needs prepared data; checking only the config does not."""
     adapter = case["lora_model_dir"]
@@ -42,7 +42,7 @@ def not_prepared(case: Case) -> Problems:
                 yield "error", f"{dataset.key}.path", problem, f"run {remedy}{rehearse}"
 
 
-@rule
+@rule(scope="file")
 def missing_file(case: Case) -> Problems:
     """A missing file would fail only after the model is loaded.
 
@@ -83,7 +83,7 @@ def _file_problems(key: str, entry: Config) -> Problems:
         yield "error", key, problem, "correct the path; only data_files of a folder can be a pattern"
 
 
-@rule
+@rule()
 def trained_test_rows(case: Case) -> Problems:
     """A model that has learned its test rows scores too well; only rows in JSONL files are compared one by one."""
     for test in datafiles.test_sets(case.config):
@@ -94,7 +94,7 @@ def trained_test_rows(case: Case) -> Problems:
                 yield "warning", f"{test.key}.path", problem, "name other rows, or delete it and set val_set_size"
 
 
-@rule
+@rule()
 def packing_leaks(case: Case) -> Problems:
     """Packed rows attend to each other unless the attention implementation separates them.
 
@@ -122,7 +122,7 @@ KEEP_DOCUMENTS_APART = {
 }
 
 
-@rule
+@rule()
 def chat_template(case: Case) -> Problems:
     """Axolotl uses a misspelt file name as the template itself.
 
@@ -169,7 +169,7 @@ def _template_problems(case: Case, key: str, name: str, jinja: Any) -> Problems:
         yield "warning", key, "not a chat model: its tokenizer may lack a chat template", remedy
 
 
-@rule
+@rule()
 def unread_tools(case: Case) -> Problems:
     """Axolotl 0.21 does not pass field_tools to its row reader (prompt_strategies/chat_template.py; seen)."""
     for dataset in datafiles.datasets(case.config):
@@ -178,7 +178,7 @@ def unread_tools(case: Case) -> Problems:
             yield "error", f"{dataset.key}.field_tools", problem, "rename the field of the rows to `tools`"
 
 
-@rule
+@rule()
 def prompt_format(case: Case) -> Problems:
     """A format without its placeholder omits the row's text from the prompt (prompt_strategies/user_defined.py)."""
     fields = {"format": "{instruction}", "no_input_format": "{instruction}", "system_format": "{system}"}

@@ -11,15 +11,16 @@ from ..base import hub, paths
 from ..base.errors import UserError, did_you_mean
 from ..base.processes import bounded
 from ..config import models
-from ..config.finding import MOST_FINDINGS, Case, Level, Problems, rule
+from ..config.finding import MOST_FINDINGS, Level
 from ..config.merging import listed
 from ..config.training_settings import TrainingSettings
+from .rule import Case, Problems, rule
 
 _TRAINABLE = ("embed_tokens", "lm_head")
 """Modules outside the layers that can be trained beside LoRA."""
 
 
-@rule
+@rule()
 def beyond_context(case: Case) -> Problems:
     """RoPE accepts rows longer than the model's context, for which the model was never trained."""
     context = case.model.context
@@ -28,7 +29,7 @@ def beyond_context(case: Case) -> Problems:
         yield "error", "sequence_len", f"{length} exceeds the model's context of {context} tokens", "lower it"
 
 
-@rule
+@rule()
 def missing_special_token(case: Case) -> Problems:
     """Axolotl adds a missing token with a new embedding row, which LoRA does not train (loaders/tokenizer.py).
 
@@ -51,7 +52,7 @@ def missing_special_token(case: Case) -> Problems:
             yield level, f"special_tokens.{name}", problem, f"use one of the model's tokens{such_as}, or {saving}"
 
 
-@rule
+@rule()
 def tied_embeddings(case: Case) -> Problems:
     """Of tied embeddings that are trained apart, a merge keeps embed_tokens only (PEFT#2777; seen).
 
@@ -62,7 +63,7 @@ def tied_embeddings(case: Case) -> Problems:
         yield "error", "lora_modules_to_save", problem, "set peft_ensure_weight_tying: true"
 
 
-@rule
+@rule()
 def no_access(case: Case) -> Problems:
     """A gated model or tokenizer on the hub requires an accepted licence and a token.
 
@@ -118,7 +119,7 @@ def _how_to_get(name: str) -> str:
     return f"accept the licence at {hub.page(name)} and run `hf auth login`{mirror}"
 
 
-@rule
+@rule()
 def unknown_model(case: Case) -> Problems:
     """Some rules are skipped if the model's config.json and tokenizer are missing; a note says so."""
     name = case["base_model"]
@@ -128,14 +129,14 @@ def unknown_model(case: Case) -> Problems:
         yield "note", "base_model", f"{models.similar(name)} {problem}".lstrip("; "), remedy
 
 
-@rule
+@rule()
 def no_adapter(case: Case) -> Problems:
     """Without an adapter, Axolotl trains and saves the whole model; runs, evaluation and publishing need an adapter."""
     if not case.is_set("adapter"):
         yield "error", "adapter", "not set: Axolotl would train all weights", "set lora or qlora, or use Axolotl itself"
 
 
-@rule
+@rule(scope="step")
 def no_lora_targets(case: Case) -> Problems:
     """Axolotl's validation accepts LoRA without targets, but PEFT fails after the model is loaded.
 
@@ -145,7 +146,7 @@ def no_lora_targets(case: Case) -> Problems:
         yield "error", "adapter", "LoRA has no target layers", "set lora_target_modules or lora_target_linear: true"
 
 
-@rule
+@rule(scope="step")
 def unknown_lora_target(case: Case) -> Problems:
     """PEFT ignores an unknown name if another name matches a layer (BaseTuner.inject_adapter)."""
     linear = case.model.linear
@@ -194,7 +195,7 @@ def _target_patterns(targets: Any) -> Iterator[tuple[str, str, str]]:
         yield "lora_target_modules", targets, targets
 
 
-@rule
+@rule()
 def head_without_lora(case: Case) -> Problems:
     """Liger's fused loss and cut cross entropy ignore LoRA on lm_head.
 
@@ -209,7 +210,7 @@ def head_without_lora(case: Case) -> Problems:
             yield level, key, problem, "set chunked_cross_entropy: true instead"
 
 
-@rule
+@rule(scope="step")
 def no_lora_rank(case: Case) -> Problems:
     """Without lora_r or lora_alpha, PEFT fails after the model is loaded."""
     for key in ("lora_r", "lora_alpha"):
@@ -217,7 +218,7 @@ def no_lora_rank(case: Case) -> Problems:
             yield "error", "adapter", f"{key} is not set", f"set {key}"
 
 
-@rule
+@rule()
 def changed_base(case: Case) -> Problems:
     """PiSSA splits the base weights into adapter and residual; Axolotl saves only the adapter.
 
@@ -231,7 +232,7 @@ def changed_base(case: Case) -> Problems:
         yield "error", "peft_init_lora_weights", problem, f"{remedy}, as in pissa-metamathqa/llama-2-7b-pissa"
 
 
-@rule
+@rule(scope="step")
 def not_quantized(case: Case) -> Problems:
     """Axolotl quantizes to 4 bits only for the adapters qlora and mixlora (axolotl/loaders/model.py)."""
     if case["adapter"] == "lora" and case["load_in_4bit"]:

@@ -6,7 +6,7 @@ tools/schemas.py writes the schema.
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..config.finding import MOST_FINDINGS, Finding
 from ..config.merging import listed, override
 
 FILE = RECIPES / "axolotl.schema.json"
+_finding = partial(Finding, rule_scope="step")  # a plan needs values that follow the schema
 
 
 @cache
@@ -114,12 +115,12 @@ def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
     elif error.validator == "required":
         for key in error.validator_value:
             if key not in error.instance:
-                yield Finding("error", "missing-key", f"{start}{key}", "missing; set it")
+                yield _finding("error", "missing-key", f"{start}{key}", "missing; set it")
     elif error.validator in ("enum", "const", "anyOf", "type"):
         problem = f"{yamlfiles.write_flow(error.instance):.60} is not {_allowed(error)}"
-        yield Finding("error", "value", path, problem, _how_to_write(error.instance))
+        yield _finding("error", "value", path, problem, _how_to_write(error.instance))
     else:
-        yield Finding("error", "value", path, error.message[:200])
+        yield _finding("error", "value", path, error.message[:200])
 
 
 def _unknown_key(error: Any, start: str, key: str, foreign: list[str]) -> Finding:
@@ -127,10 +128,10 @@ def _unknown_key(error: Any, start: str, key: str, foreign: list[str]) -> Findin
     near = did_you_mean(key, error.schema.get("properties", {}))
     problem = f"unknown to Axolotl{near or ', which would ignore it'}"
     if error.instance[key] is None:
-        return Finding("warning", "unknown-key", f"{start}{key}", problem, "delete the empty key")
+        return _finding("warning", "unknown-key", f"{start}{key}", problem, "delete the empty key")
     if foreign and not start:  # perhaps a key of that plugin
-        return Finding("warning", "unknown-key", key, problem, f"or does it belong to {foreign[0]}?")
-    return Finding("error", "unknown-key", f"{start}{key}", problem)
+        return _finding("warning", "unknown-key", key, problem, f"or does it belong to {foreign[0]}?")
+    return _finding("error", "unknown-key", f"{start}{key}", problem)
 
 
 def _choices(error: Any) -> str:

@@ -9,14 +9,15 @@ from ..base.hardware import torch_cuda
 from ..base.processes import package_version
 from ..base.secrets import is_secret, names_secret, without_secrets
 from ..config import keys, substitution
-from ..config.finding import Case, Level, Problems, rule
+from ..config.finding import Level
 from ..config.gpus import deepspeed_of
 from ..config.merging import flatten
 from ..config.numerics import AMPERE, precision, quantized, takes_varlen
 from ..config.training_settings import TrainingSettings
+from .rule import Case, Problems, rule
 
 
-@rule
+@rule()
 def two_precisions(case: Case) -> Problems:
     """If bf16 is on, Axolotl silently ignores fp16 and float16.
 
@@ -31,7 +32,7 @@ def two_precisions(case: Case) -> Problems:
     yield "error", ignored, problem, f"set {ignored}, or bf16 and bfloat16, to false"
 
 
-@rule
+@rule(scope="gpu")
 def gpu_lacks(case: Case) -> Problems:
     """Features that the GPU's hardware lacks.
 
@@ -93,7 +94,7 @@ _ATTENTION_RUNS_ON = {
 }
 
 
-@rule
+@rule()
 def missing_package(case: Case) -> Problems:
     """Axolotl and transformers notice a missing package only after the model is loaded.
 
@@ -170,7 +171,7 @@ _FROM = {  # sources of packages that PyPI lacks, or has only in another variant
 }
 
 
-@rule
+@rule()
 def no_login(case: Case) -> Problems:
     """Without a login, wandb stops the run with a traceback after the model is loaded (seen with wandb 0.31)."""
     switches = dict(keys.remote_trackers(case.config)).get("wandb")
@@ -187,7 +188,7 @@ def _has_wandb_login() -> bool:
     return file.is_file() and "wandb" in file.read_text(errors="replace")
 
 
-@rule
+@rule(scope="machine")
 def no_gpu(case: Case) -> Problems:
     """A run without a GPU: a CPU lacks the features listed in `substitution`, and does not train in fp16.
 
@@ -206,7 +207,7 @@ def no_gpu(case: Case) -> Problems:
         yield "error", key, problem, f"add --rehearse for a small model, or --set {key}=false for fp32"
 
 
-@rule
+@rule()
 def optimizer_and_parallelism(case: Case) -> Problems:
     """bitsandbytes' optimizers do not support FSDP2's DTensors; Axolotl refuses only two of them.
 
@@ -225,7 +226,7 @@ def optimizer_and_parallelism(case: Case) -> Problems:
         yield "error", "optimizer", problem, "set adamw_torch, or use the profile zero3-offload"
 
 
-@rule
+@rule()
 def packed_weights_cast(case: Case) -> Problems:
     """Casts destroy packed 4-bit codes, which Axolotl by default stores in bfloat16 tensors (loaders/model.py).
 
@@ -249,14 +250,14 @@ def packed_weights_cast(case: Case) -> Problems:
     yield level, "bnb_config_kwargs", problem, "add bnb_4bit_quant_storage: uint8, which nothing casts"
 
 
-@rule
+@rule()
 def parallelism_needs_gpus(case: Case) -> Problems:
     """accelerate silently ignores FSDP in a single process (AcceleratorState)."""
     if case.launching and case["fsdp_config"] and case.gpus == 1:
         yield "error", "fsdp_config", "FSDP2 shards a model across GPUs, but this run uses one", "pass --gpus N"
 
 
-@rule
+@rule()
 def fsdp_saves(case: Case) -> Problems:
     """FSDP2 trains these modules, then saving the adapter fails: KeyError 'modules_to_save.default.weight' (seen)."""
     if case["fsdp_config"] and case["lora_modules_to_save"]:
@@ -264,7 +265,7 @@ def fsdp_saves(case: Case) -> Problems:
         yield "error", "lora_modules_to_save", problem, "delete the key, or use DeepSpeed, as with --profile zero2"
 
 
-@rule
+@rule()
 def secret(case: Case) -> Problems:
     """The config is stored in the run's folder, which users may share."""
     remedy = "use an environment variable instead"
@@ -277,7 +278,7 @@ def secret(case: Case) -> Problems:
             yield "error", key, "contains a secret, which would be stored in the run's folder", remedy
 
 
-@rule
+@rule()
 def url_parameter(case: Case) -> Problems:
     """An unknown parameter of a URL can be a signature, and the config is stored in the run's folder."""
     for key, value in flatten(case.config):
@@ -286,14 +287,14 @@ def url_parameter(case: Case) -> Problems:
             yield "error", key, problem, "download the file, and name its path"
 
 
-@rule
+@rule()
 def no_batch_size(case: Case) -> Problems:
     """Without micro_batch_size, Axolotl silently trains one row at a time (seen)."""
     if not case.is_set("micro_batch_size"):
         yield "error", "micro_batch_size", "not set: Axolotl would use 1", "set it"
 
 
-@rule
+@rule()
 def batch_size(case: Case) -> Problems:
     """Axolotl counts steps of batch_size rows, but accumulates by the default of gradient_accumulation_steps (seen)."""
     if case.is_set("batch_size"):
@@ -301,7 +302,7 @@ def batch_size(case: Case) -> Problems:
         yield "error", "batch_size", problem, "set gradient_accumulation_steps to batch_size / micro_batch_size instead"
 
 
-@rule
+@rule()
 def does_not_repeat(case: Case) -> Problems:
     """Cut cross entropy's kernels add gradients under a lock, in no fixed order.
 
@@ -311,7 +312,7 @@ def does_not_repeat(case: Case) -> Problems:
         yield "warning", "full_determinism", problem, "set cut_cross_entropy: false"
 
 
-@rule
+@rule()
 def scheduler_needs(case: Case) -> Problems:
     """Without these options, transformers.get_scheduler fails after the model is loaded."""
     scheduler = case["lr_scheduler"]
@@ -328,7 +329,7 @@ _SCHEDULER_NEEDS = {
 }
 
 
-@rule
+@rule()
 def never_evaluated(case: Case) -> Problems:
     """Axolotl evaluates only if it has evaluation data, and training reaches an evaluation step.
 
@@ -363,14 +364,14 @@ def _is_beyond_training(case: Case, key: str) -> bool:
     return case.steps is not None and 0 < case.steps < (case[key] or 0)
 
 
-@rule
+@rule()
 def never_saved(case: Case) -> Problems:
     """Without checkpoints, an interrupted run starts over; only the final adapter is saved."""
     if _is_beyond_training(case, "save_steps"):
         yield "warning", "save_steps", f"no checkpoint: training has at most {case.steps} steps", "lower it"
 
 
-@rule
+@rule()
 def long_warm_up(case: Case) -> Problems:
     """With a warm-up longer than training, the learning rate never reaches its full value."""
     if case.steps and (case["warmup_steps"] or 0) >= case.steps:

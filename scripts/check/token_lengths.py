@@ -14,7 +14,7 @@ from ..base.terminal import Bar
 from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..config.datafiles import DatasetRef
-from ..config.finding import Faults, Finding
+from ..config.finding import NO_BATCH, Faults, Finding
 from ..config.substitution import uses_small_model
 from ..config.training_settings import TrainingSettings
 from ..data.raw_rows import parquet_batches
@@ -273,7 +273,8 @@ class _TokenizedSet:
         filled = f"{sequences} of the {per_batch * gpus} packed sequences of a micro batch per GPU"
         fewer = f"micro_batch_size={sequences // gpus}" if sequences >= gpus else "sample_packing=false"
         remedy = f"set {fewer}, a smaller sequence_len, or more rows (rehearsal: `--set datasets.0.split=train[:N]`)"
-        yield Finding("error", "no-batch", "micro_batch_size", f"no step: {len(sizes)} rows fill {filled}", remedy)
+        problem = f"no step: {len(sizes)} rows fill {filled}"
+        yield Finding("error", NO_BATCH, "micro_batch_size", problem, remedy, rule_scope="data")
 
 
 def _numbered(tokenizer: Tokenizer, dataset: DatasetRef) -> Iterator[tuple[Place, Row]]:

@@ -1,53 +1,21 @@
-"""Findings of a check, and the registry of rules.
+"""Findings of a check."""
 
-A rule is a function that yields (level, key, problem, remedy). Its findings get the rule's name, with hyphens. The
-docstring of a rule gives the reason and the evidence; "seen" means observed with Axolotl 0.21.
-
-Rules can assume a config that follows the schema, because values that break the schema are removed first. `_SCOPES`
-lists rules about anything other than the config, and rules whose errors prevent a plan.
-"""
-
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from ..base.errors import UserError, did_you_mean
-from ..base.yamlfiles import Config
-from . import datafiles, keys, models
-from .gpus import Gpu
-from .merging import Difference, listed, top_key
-from .numerics import AMPERE, OLD_ATTENTION_KEYS, attention
+from . import keys
+from .merging import top_key
 
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
 Scope = Literal["step", "config", "code", "data", "file", "gpu", "machine"]
-_SCOPES: dict[str, Scope] = {
-    "value": "step",
-    "axolotl": "step",
-    "unknown-key": "step",
-    "missing-key": "step",
-    "no-lora-targets": "step",
-    "unknown-lora-target": "step",
-    "no-lora-rank": "step",
-    "not-quantized": "step",
-    "foreign-code": "code",
-    "pickled-weights": "code",
-    "not-prepared": "data",
-    "no-batch": "data",
-    "missing-file": "file",
-    "gpu-lacks": "gpu",
-    "too-big": "gpu",
-    "unfit": "gpu",
-    "no-gpu": "machine",
-    "not-validated": "machine",
-}
-
-
 MOST_FINDINGS = 100
 """Largest number of findings about one key; looking for similar names takes milliseconds each."""
+NO_BATCH = "no-batch"
+"""Finding about rows that fill no batch."""
 TASK_CODE = "task-code"
 """Rule about the task files of benchmarks."""
 FIRST_LOSS = "first-loss"
@@ -66,6 +34,7 @@ class Finding:
         remedy: the advice to the user.
         where: the file or option that sets the key.
         line: the line number in that file, from 1.
+        rule_scope: the scope that the rule states, see `scope`.
     """
 
     level: Level
@@ -75,16 +44,19 @@ class Finding:
     remedy: str = ""
     where: str = ""
     line: int | None = None
+    rule_scope: Scope = "config"
 
     @property
     def scope(self) -> Scope:
-        """Subject of the finding.
+        """Subject of the finding: the rule's; for a rule about settings, `data` if that is the key's kind in keys.yaml.
 
         `step`: a setting of the training step; an error in it makes a plan impossible. `config`: any other setting.
         `code`: foreign code. `data`: a data file or its rows. `file`: a missing file. `gpu`: the GPU that the config is
         meant for. `machine`: this machine.
         """
-        return _scope(self.rule, self.key)
+        if self.rule_scope == "config" and keys.find(self.key).kind == "data":
+            return "data"
+        return self.rule_scope
 
     @property
     def top_key(self) -> str:
@@ -106,19 +78,6 @@ class Finding:
         if self.rule:
             text += f" [{self.name}]"
         return text
-
-
-def _scope(rule: str, key: str) -> Scope:
-    scope = _SCOPES.get(rule, "config")
-    if scope == "config" and keys.find(key).kind == "data":
-        return "data"
-    return scope
-
-
-def is_found_at_start(name: str) -> bool:
-    """True for the name of a finding about a data file, its rows or this machine, see `Finding.name`."""
-    rule, _, key = name.partition(":")
-    return _scope(rule, key) in ("data", "machine")
 
 
 @dataclass
@@ -209,109 +168,3 @@ def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
     if remaining:
         raise UserError("\n".join(remaining))
     return [finding for finding in findings if finding.name not in force or finding.scope == "code"]
-
-
-Problems = Iterator[tuple[Level, str, str, str]]
-Rule = Callable[["Case"], Problems]
-RULES: list[Rule] = []
-
-
-def rule(function: Rule) -> Rule:
-    """Register a function as a rule; the rule's name is the function's, with hyphens."""
-    RULES.append(function)
-    return function
-
-
-@dataclass
-class Case:
-    """A config and its circumstances, for rules.
-
-    Attributes:
-        written: the config as written, also with values that break the schema.
-        config: the config without these values.
-        wrong: the top-level keys from which a value was removed.
-        gpu: the GPU that the config is meant for; None if the user names no GPU and this machine has none.
-        gpus: the number of GPUs.
-        launching: a run is about to start here, so that anything missing on this machine is an error.
-        ask_hub: rules may ask the hub about a model that is not on this machine.
-        changes: the changes by profiles, --set and a rehearsal.
-    """
-
-    written: Config
-    config: Config
-    wrong: set[str]
-    gpu: Gpu | None = None
-    gpus: int = 1
-    launching: bool = False
-    ask_hub: bool = False
-    changes: Sequence[Difference] = ()
-
-    def __getitem__(self, key: str) -> Any:
-        return self.config.get(key)
-
-    @cached_property
-    def model(self) -> models.Model:
-        """Facts about the base model."""
-        return models.find(self.config)
-
-    @cached_property
-    def architecture(self) -> Config:
-        """Content of the base model's config.json; empty if not on this machine."""
-        return models.architecture_here(self.config)
-
-    @cached_property
-    def steps(self) -> int | None:
-        """Optimizer steps, if they can be counted; an upper bound for packed rows."""
-        if self.wrong:
-            return None
-        return datafiles.training_steps(self.config | {"sample_packing": False}, self.gpus)
-
-    @property
-    def attention(self) -> str:
-        """The attention that the config asks for."""
-        return attention(self.config)
-
-    @property
-    def attention_key(self) -> str:
-        """The key that sets the attention, perhaps one of Axolotl's old keys."""
-        return self.first_set(*OLD_ATTENTION_KEYS) or "attn_implementation"
-
-    @property
-    def advised_attention(self) -> str:
-        """Setting of an attention that runs on the GPU and keeps packed rows apart."""
-        if self.gpu and self.gpu.capability < AMPERE:
-            return "attn_implementation: sdpa and sdpa_varlen: false"
-        return "attn_implementation: flash_attention_2"
-
-    @property
-    def plugins(self) -> set[str]:
-        """Classes of the active plugins.
-
-        If cut_cross_entropy is false, its plugin is inactive, even if the config lists the plugin
-        (axolotl/integrations/cut_cross_entropy/args.py)."""
-        plugins = {re.split("[.:]", name)[-1] for name in listed(self.config, "plugins")}
-        if self["cut_cross_entropy"] is False:
-            plugins.discard("CutCrossEntropyPlugin")
-        return plugins
-
-    @property
-    def lora(self) -> bool:
-        """True if the config trains a LoRA adapter with PEFT."""
-        return self["adapter"] in ("lora", "qlora")
-
-    def first_set(self, *names: str) -> str | None:
-        """The first of some keys that has a value other than empty or false; None if none has."""
-        return next((key for key in names if self[key]), None)
-
-    def is_set(self, *names: str) -> bool:
-        """True if a key is set to a value other than empty or false. Invalid values count as set."""
-        return any(self.config.get(key) or key in self.wrong for key in names)
-
-
-def rule_findings(case: Case, scope: Scope | None = None) -> Iterator[Finding]:
-    """Findings of the rules of a scope, by default of all."""
-    for judge in RULES:
-        name = judge.__name__.replace("_", "-")
-        if scope in (None, _SCOPES.get(name)):
-            for level, key, problem, remedy in judge(case):
-                yield Finding(level, name, key, problem, remedy)

@@ -348,4 +348,5 @@ def _memory_finding(config: Config, gpu: Gpu, gpus: int, trace: bool) -> Finding
         return None
     place = f" on each of {gpus} GPUs under {parallelism_of(config)}" if gpus > 1 else ""
     problem = f"a full batch needs {needed:.1f} GiB{place}; {usable:.1f} GiB of {gpu} are usable"
-    return Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan NAME` lists changes that help")
+    remedy = "`recipe plan NAME` lists changes that help"
+    return Finding("error", "too-big", "micro_batch_size", problem, remedy, rule_scope="gpu")

@@ -13,7 +13,8 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.processes import make_once
 from ..check import code_rules, schema
-from ..config.finding import Case, override_errors, refuse
+from ..check.rule import Case
+from ..config.finding import override_errors, refuse
 from ..training.run_record import Run
 from .rundir import RunDir
 

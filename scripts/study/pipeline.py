@@ -12,7 +12,7 @@ from ..base.terminal import say, say_once
 from ..check import check
 from ..config import compose, datafiles
 from ..config.compose import Request
-from ..config.finding import Finding, is_found_at_start, unknown_force
+from ..config.finding import Finding, unknown_force
 from ..config.gpus import Gpu
 from ..config.merging import recipe_content
 from ..config.training_settings import TrainingSettings
@@ -376,7 +376,7 @@ def require_known(force: Sequence[str], pipelines: Sequence[Pipeline], dry_run: 
     A dry run reads no rows and needs no GPU. It therefore accepts the names of all findings about data files and this
     machine.
     """
-    names = [name for name in force if not is_found_at_start(name)] if dry_run else force
+    names = [name for name in force if not check.is_found_at_start(name)] if dry_run else force
     unknown_force(names, {TOO_BIG}.union(*(pipeline.forceable for pipeline in pipelines)))
 
 

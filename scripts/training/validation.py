@@ -35,8 +35,9 @@ from ..config.compose import Composed
 from ..config.finding import Finding, Level
 from ..config.gpus import ANY_GPU, Gpu, deepspeed_of
 
-VERSION = 1
+VERSION = 2
 """Version of the cached findings; raise it when this module changes."""
+NOT_VALIDATED = "not-validated"
 _STUBBED = ("axolotl.integrations", "axolotl.integrations.mixlora")
 """Packages that the schema names for a table of constants; they would import all plugins' libraries."""
 
@@ -89,7 +90,8 @@ def _ask_child(configs: Sequence[Config], gpu: Gpu) -> list[list[Row]]:
         return answer
     reason = log.decode(errors="replace").strip().rpartition("\n")[2] or f"exit code {child.returncode}"
     problem = f"not validated, because Axolotl does not run here: {reason}"
-    return [[asdict(Finding("warning", "not-validated", "", problem, "run `recipe doctor`"))]] * len(configs)
+    finding = Finding("warning", NOT_VALIDATED, "", problem, "run `recipe doctor`", rule_scope="machine")
+    return [[asdict(finding)]] * len(configs)
 
 
 def capabilities(gpu: Gpu = ANY_GPU) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -177,7 +179,7 @@ def _errors(content: Config, gpu: Gpu) -> list[Finding]:
         return _pydantic_errors(error, content)
     except Exception as error:
         text = with_type(error)
-        return [Finding("error", "axolotl", _named_key(text, content), text)]
+        return [Finding("error", "axolotl", _named_key(text, content), text, rule_scope="step")]
     return []
 
 
@@ -189,7 +191,8 @@ def _pydantic_errors(error: ValidationError, content: Config) -> list[Finding]:
         key = str(problem["loc"][0]) if problem["loc"] else ""  # deeper levels include pydantic's class names
         if error.title == "SFTDataset":
             key = "datasets"
-        mistakes.append(Finding("error", "axolotl", key or _named_key(text, content), text))
+        key = key or _named_key(text, content)
+        mistakes.append(Finding("error", "axolotl", key, text, rule_scope="step"))
     return mistakes
 
 

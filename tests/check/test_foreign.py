@@ -9,8 +9,7 @@ from conftest import config_with
 from evil import Evil
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.check.check import rule_findings
-from qlora_recipes.config.finding import Case
+from qlora_recipes.check.rule import Case, rule_findings
 
 EVIL = "a_strangers_module"
 NAME = "haider2024/code-llama-7b"

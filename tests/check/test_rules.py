@@ -10,9 +10,9 @@ from conftest import config_with, recipe_config
 
 from qlora_recipes.base import hub, paths, processes
 from qlora_recipes.check import settings_rules
-from qlora_recipes.check.check import rule_findings
-from qlora_recipes.config import finding, gpus
-from qlora_recipes.config.finding import Case, Finding
+from qlora_recipes.check.rule import RULES, Case, rule_findings
+from qlora_recipes.config import gpus
+from qlora_recipes.config.finding import Finding
 
 LLAMA_3 = "haider2024/llama-3-8b"
 
@@ -461,7 +461,7 @@ def test_of_many_unknown_targets_some_are_named():
 
 def test_every_rule_has_a_case():
     tested = {name_of(text).partition(":")[0] for _, text in CASES} | OTHERS
-    assert tested == {rule.__name__.replace("_", "-") for rule in finding.RULES}
+    assert tested == {*RULES}
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.check import check, code_rules, schema
+from qlora_recipes.check.rule import Case
 from qlora_recipes.config import keys
 from qlora_recipes.config.compose import Request
-from qlora_recipes.config.finding import Case
 
 TRUST = (Path(__file__).parents[2] / "docs/trust.md").read_text()
 CALLED_SO = re.compile(r"(.*[._])?(dir|paths?|files?|outfile|datasets?|tasks|host|url|uri|id|entity|workspace|hub)")
