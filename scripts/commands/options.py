@@ -333,16 +333,10 @@ def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None, submit
     Raises:
         UserError: the backend does not exist, or refuses the options.
     """
-    from ..run.backends import Local
+    from ..run.backends import BACKENDS
 
-    if on == "local":
-        return Local(rehearsal, jobs)
-    name, *options = settings_of(on)
-    if name != "slurm":
-        raise UserError(f"--on {on}: give local or slurm, with options as in slurm,partition=gpu,time=8:00:00")
-    from ..run.backends.slurm import Slurm
-
-    return Slurm(rehearsal, jobs, options, submits)
+    name, _, options = on.partition(",")
+    return BACKENDS.find(name, "--on")(rehearsal, jobs, [*filter(None, settings_of(options))], submits)
 
 
 def show_and_exit(

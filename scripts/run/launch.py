@@ -25,7 +25,7 @@ from ..config import merging
 from ..config.finding import FIRST_LOSS
 from ..config.gpus import CPU_RANKS
 from ..training.run_record import ANY_FIRST_LOSS, Ended, FileState, Launch, Provenance, Run, State, collect
-from .rundir import RunDir, summarise, this_job
+from .rundir import Node, RunDir, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
 _KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
@@ -48,7 +48,7 @@ def _require_cwd(record: Run) -> None:
         raise UserError(f"{record.cwd}: {problem}")
 
 
-def train(run_dir: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
+def train(run_dir: RunDir, record: Run, lock: int, checkpoint: Path | None = None, node: Node | None = None) -> None:
     """Run the training process of a locked run, and record how it ended.
 
     Args:
@@ -56,6 +56,7 @@ def train(run_dir: RunDir, record: Run, lock: int, checkpoint: Path | None = Non
         record: content of run.json.
         lock: file descriptor of the run's lock; the training process inherits it.
         checkpoint: checkpoint to resume from; None to start from the beginning.
+        node: this node, if several train the run.
 
     Raises:
         UserError: see `_require_cwd`; nothing was recorded.
@@ -65,7 +66,7 @@ def train(run_dir: RunDir, record: Run, lock: int, checkpoint: Path | None = Non
     _require_cwd(record)
     _record_machine(record)
     _drop_half_prepared(run_dir, record)
-    launch = Launch(command=_axolotl_command(run_dir, record, checkpoint), started=now())
+    launch = Launch(command=_axolotl_command(run_dir, record, checkpoint, node), started=now())
     if checkpoint:
         launch.resumed_from = checkpoint.name
     written, logged = _size(run_dir.metrics), _size(run_dir.log)
@@ -128,7 +129,8 @@ def _reason(run_dir: RunDir, record: Run, code: int, stopped: bool) -> str | Non
         stopped: whether `recipe` received a request to stop.
     """
     launch = record.launches[-1]
-    resume = f"`recipe resume {run_dir.quoted}{' --on slurm' if this_job() else ''}` continues it"
+    job = this_job()
+    resume = f"`recipe resume {run_dir.quoted}{f' --on {job.backend}' if job else ''}` continues it"
     if launch.full_disk:
         return f"{record.state}, no space left in {launch.full_disk}; free some space, then {resume}"
     if record.state == "interrupted":
@@ -176,15 +178,15 @@ def _state(code: int, stopped: bool, ended: Ended | None, has_adapter: bool) -> 
     return "interrupted" if stopped or ended == "signal" else "failed"
 
 
-def follow(run_dir: RunDir) -> None:
+def follow(run_dir: RunDir, node: Node) -> None:
     """Run this node's ranks of a run that another node has locked.
 
     Raises:
         WorkFailed: the ranks failed without a request to stop.
     """
     record = run_dir.read()
-    log = run_dir.path / f"node-{os.environ['SLURM_NODEID']}.log"
-    command = _axolotl_command(run_dir, record, run_dir.last_checkpoint())
+    log = run_dir.path / f"node-{node.rank}.log"
+    command = _axolotl_command(run_dir, record, run_dir.last_checkpoint(), node)
     code, stopped = _launch(command, run_dir, record, log)
     if code and not stopped:
         raise _failed(run_dir, LaunchLog(log), code)
@@ -208,20 +210,18 @@ def preprocess(run_dir: RunDir, record: Run) -> None:
         raise _failed(run_dir, LaunchLog(run_dir.log), code)
 
 
-def _axolotl_command(run_dir: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
+def _axolotl_command(run_dir: RunDir, record: Run, checkpoint: Path | None, node: Node | None) -> list[str]:
     command = [str(AXOLOTL), "train", str(run_dir.config_file.resolve())]
     if checkpoint:
         command += ["--resume-from-checkpoint", str(checkpoint.resolve())]
     if record.ranks == 1:
         return [*command, "--launcher", "python"]
     torchrun = [f"--nproc-per-node={record.gpus_used}", f"--shutdown-timeout={LAST_SECONDS}"]
-    if record.nodes == 1:
+    if node is None:
         torchrun.append("--standalone")
     else:
-        head, job, node = (os.environ[f"SLURM_{name}"] for name in ("LAUNCH_NODE_IPADDR", "JOB_ID", "NODEID"))
-        port = 20000 + int(job) % 10000  # different for jobs on the same node
-        torchrun += [f"--nnodes={record.nodes}", f"--node-rank={node}", f"--master-addr={head}"]
-        torchrun += [f"--master-port={port}"]
+        torchrun += [f"--nnodes={record.nodes}", f"--node-rank={node.rank}"]
+        torchrun += [f"--master-addr={node.head}", f"--master-port={node.port}"]
     return [*command, "--launcher", "torchrun", "--", *torchrun]
 
 

@@ -6,13 +6,13 @@ writes the record; the other processes only start their node's ranks.
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from ..base import hardware, paths, yamlfiles
 from ..base.errors import UserError, recipe_command
 from ..base.files import sha256, write_atomically
-from ..base.secrets import without_secrets
 from ..base.terminal import Bar, say, say_once
 from ..base.yamlfiles import Config
 from ..check import check
@@ -40,7 +40,7 @@ def compose_and_check(request: Request, backend: Backend) -> Composed:
     starts = not request.dry_run
     needs_gpus = starts and not is_rehearsal(request)
     backend.check_size(request.gpus if needs_gpus else 1, request.nodes)
-    gpu = backend.gpu()
+    gpu = backend.gpu(request)
     composed = compose(request, gpu)
     with Bar(f"checking {composed.recipe}", 1):
         report = check.check_config(composed, gpu, request.ranks, launching=starts, data=starts)
@@ -54,23 +54,12 @@ def compose_and_check(request: Request, backend: Backend) -> Composed:
         for finding in report.findings:
             if finding.scope == "data":
                 finding.level = "note"
-    _print(refuse(backends.relevant(backend, report.findings), request.force))
+    _print(refuse(backend.relevant(report.findings), request.force))
     if starts:
-        if not _rows_are_soon_tokenized(composed, backend):
+        if not backend.tokenizes_soon(composed):
             _check_first_rows(composed, request)
         composed.data = datafiles.record(composed.config)
     return composed
-
-
-def _rows_are_soon_tokenized(composed: Composed, backend: Backend) -> bool:
-    """True if training tokenizes the rows soon after its start, and so reports their errors without a check.
-
-    That is so for rehearsals and CPU training on this machine. Elsewhere, the queue or the loading of the model comes
-    first, and packing takes long.
-    """
-    if not backend.here or composed.config.get("sample_packing"):
-        return False
-    return composed.rehearsal or not backend.gpu()
 
 
 def _check_first_rows(composed: Composed, request: Request) -> None:
@@ -98,19 +87,22 @@ def start(request: Request, backend: Backend) -> RunDir:
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
     composed = compose_and_check(request, backend)
-    if not backend.here:
-        result = TaskResult(composed.recipe)
-        task = Task(
-            result,
-            lambda: [resume_command(create(composed, request), result)],
-            gpus=_gpus_a_node(composed, request),
-            nodes=request.nodes,
-        )
-        return backend.carry_out(task)
-    folder = create(composed, request)
-    with folder.held() as lock:
-        launch.train(folder, folder.read(), lock)
-    return folder
+
+    def train_here() -> RunDir:
+        folder = create(composed, request)
+        with folder.held() as lock:
+            launch.train(folder, folder.read(), lock)
+        return folder
+
+    task = _training(composed, request, composed.config, partial(create, composed, request))
+    return backend.carry_out(task, train_here)
+
+
+def _training(composed: Composed, request: Request, config: Config, folder: Callable[[], RunDir]) -> Task:
+    """Task that trains a new run, in the folder that a function returns."""
+    result = TaskResult(composed.recipe)
+    gpus_a_node = 0 if composed.rehearsal else request.gpus
+    return Task(result, lambda: [resume_command(folder(), result)], config, gpus_a_node, request.nodes)
 
 
 def preview(request: Request, backend: Backend) -> str:
@@ -121,18 +113,10 @@ def preview(request: Request, backend: Backend) -> str:
     """
     composed = compose_and_check(request, backend)
     log_differences(composed)
-    if not backend.here:
-        folder = RunDir(paths.runs() / composed.recipe / stamped("dry-run"))
-        training = resume_command(folder, TaskResult(composed.recipe))
-        return backend.preview(training, _gpus_a_node(composed, request), request.nodes)
     recipe = yamlfiles.read_yaml(composed.recipe_file)  # show the recipe's own output folders, for plain Axolotl
     config = composed.config | {key: recipe[key] for key in keys.affecting("run") if key in recipe}
-    return yamlfiles.write_yaml(without_secrets(config))
-
-
-def _gpus_a_node(composed: Composed, request: Request) -> int:
-    """GPUs per node that a job requests; a rehearsal needs none."""
-    return 0 if composed.rehearsal else request.gpus
+    folder = RunDir(paths.runs() / composed.recipe / stamped("dry-run"))
+    return backend.preview(_training(composed, request, config, lambda: folder))
 
 
 def resume(
@@ -173,31 +157,37 @@ def resume(
         )
     if record.recipe_note:
         say(record.recipe_note)
-    _record_force(folder, record, force, is_own, backend.here)
     substitution.restore(folder.config)
-    if backend.here:
+    result = TaskResult(record.recipe)
+
+    def resume_here() -> RunDir:
+        if force:  # a job is checked on its own machine
+            errors = {finding.name for finding in _findings(folder, record) if finding.level == "error"}
+            unknown_force(force, errors.union(record.forced))
+        _record_force(folder, force, is_own)
         _resume_here(folder, prepare_only, is_own)
         return folder
-    current = backends.read(folder)
-    if current.state == "running":  # on this machine, the run's lock shows it
-        raise UserError(f"{folder.path}: the run is still running")
-    if reason := hindrance(folder, current):
-        raise UserError(f"{folder.path}: {reason}")
+
+    def commands_of_job() -> list[Command]:
+        _require_ended(folder)
+        _record_force(folder, force, is_own)
+        return [resume_command(folder, result)]
+
     gpus_a_node = 0 if record.rehearsal else record.gpus_used
-    result = TaskResult(record.recipe)
-    task = Task(result, lambda: [resume_command(folder, result)], gpus_a_node, record.nodes)
-    return backend.carry_out(task)
+    return backend.carry_out(Task(result, commands_of_job, folder.config, gpus_a_node, record.nodes), resume_here)
 
 
-def _record_force(run_dir: RunDir, record: Run, force: Sequence[str], is_own: bool, here: bool) -> None:
-    """Record `force`, and sign the record with this user's key if it changed or belonged to another user.
+def _require_ended(run_dir: RunDir) -> None:
+    """Raise UserError if a run is running, or cannot be resumed for another reason."""
+    current = backends.read(run_dir)
+    if current.state == "running":  # on this machine, the run's lock shows it
+        raise UserError(f"{run_dir.path}: the run is still running")
+    if reason := hindrance(run_dir, current):
+        raise UserError(f"{run_dir.path}: {reason}")
 
-    Raises:
-        UserError: a name in `force` is no error on this machine.
-    """
-    if force and here:  # a job is checked on its own machine
-        errors = {finding.name for finding in _findings(run_dir, record) if finding.level == "error"}
-        unknown_force(force, errors.union(record.forced))
+
+def _record_force(run_dir: RunDir, force: Sequence[str], is_own: bool) -> None:
+    """Record `force`, and sign the record with this user's key if it changed or belonged to another user."""
     if this_job():
         return  # a job may lack the user's key
     if force or not is_own:
@@ -210,8 +200,9 @@ def _record_force(run_dir: RunDir, record: Run, force: Sequence[str], is_own: bo
 
 def _resume_here(run_dir: RunDir, prepare_only: bool, is_own: bool) -> None:
     """Resume a run on this machine, which may be one of its nodes."""
-    if run_dir.read().nodes > 1 and os.environ.get("SLURM_NODEID", "0") != "0":
-        launch.follow(run_dir)
+    node = backends.this_node()
+    if node and node.rank:
+        launch.follow(run_dir, node)
         return
     with run_dir.held() as lock:
         record = run_dir.read()
@@ -220,7 +211,7 @@ def _resume_here(run_dir: RunDir, prepare_only: bool, is_own: bool) -> None:
         if prepare_only:
             launch.preprocess(run_dir, record)
             return
-        if record.nodes > 1 and "SLURM_LAUNCH_NODE_IPADDR" not in os.environ:
+        if record.nodes > 1 and node is None:
             raise UserError(f"{run_dir.path}: the run needs {record.nodes} machines; resume it with --on slurm")
         if not record.launches or not is_own:
             _check_here(run_dir, record)
@@ -228,12 +219,12 @@ def _resume_here(run_dir: RunDir, prepare_only: bool, is_own: bool) -> None:
         if record.launches:
             begin = checkpoint.name if checkpoint else "the beginning: it has no valid checkpoint"
             say(f"resume {run_dir.path} from {begin}")
-        launch.train(run_dir, record, lock, checkpoint)
+        launch.train(run_dir, record, lock, checkpoint, node)
 
 
 def hindrance(run_dir: RunDir, record: Run) -> str | None:
     """Reason why this process cannot resume a run, which may be its own job's; or None."""
-    if this_job() not in {job.id for job in run_dir.jobs()}:
+    if this_job() not in {(job.backend, job.id) for job in run_dir.jobs()}:
         job = backends.job_state(run_dir, "run")
         if job and job.kind != "unknown":
             return f"the run is {job}; cancel it first with `recipe cancel {run_dir.quoted}`"

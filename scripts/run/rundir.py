@@ -6,9 +6,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import orjson
 from pydantic import TypeAdapter, ValidationError
@@ -123,7 +125,7 @@ class RunDir:
         return run.summary if run.state == "finished" else summarise(self.read_metrics())
 
     def jobs(self) -> list[Job]:
-        """SLURM jobs of the run, oldest first.
+        """Jobs of the run, oldest first.
 
         Raises:
             UserError: jobs.json is damaged.
@@ -223,10 +225,36 @@ class RunDir:
 _JOBS = TypeAdapter(list[Job])
 
 
-def this_job() -> str | None:
-    """Id of this process's SLURM array task, from the environment, or None."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else None
+JOB = "QLORA_RECIPES_JOB"
+"""Environment variable of the processes of a job: backend and id, as in slurm:12_0."""
+
+
+class ThisJob(NamedTuple):
+    """The job in which this process runs."""
+
+    backend: str
+    id: str
+
+
+def this_job() -> ThisJob | None:
+    """The job in which this process runs, from the environment, or None."""
+    backend, colon, number = os.environ.get(JOB, "").partition(":")
+    return ThisJob(backend, number) if colon else None
+
+
+@dataclass(frozen=True)
+class Node:
+    """One of several nodes that train a run.
+
+    Attributes:
+        rank: number of the node; 0 holds the run's lock.
+        head: address of the node with rank 0.
+        port: port on which the nodes meet there.
+    """
+
+    rank: int
+    head: str
+    port: int
 
 
 def stamped(name: str) -> str:

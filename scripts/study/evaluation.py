@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -23,7 +24,7 @@ from ..evaluate.evaluate import EvaluationRequest, EvaluationTask
 from ..evaluate.predict import require
 from ..evaluate.scores_file import ADAPTER, BASE, SERVER, Evaluation
 from ..run import backends, run
-from ..run.backends import Backend, Task, TaskResult
+from ..run.backends import Backend, Command, Task, TaskResult
 from ..run.rundir import RunDir, find_run
 from ..training.run_record import FileState, Run
 from .pipeline import Pipeline, evaluation_command, existing_runs
@@ -70,27 +71,30 @@ def start(run_dir: RunDir, request: EvaluationRequest, backend: Backend) -> Eval
         UserError: the evaluation is already queued, or `EvaluationTask` or the backend refuses it. Nothing was started.
         WorkFailed: see `evaluate.evaluate`.
     """
-    if backend.here:
-        return evaluate.evaluate(run_dir, request)
     record = run_dir.read()
-    _check_before_queueing(run_dir, record, request)
     result = TaskResult(record.recipe)
-    evaluation = evaluation_command(run_dir, request, result)
-    if job := backends.job_state(run_dir, "evaluate", evaluation.words):
-        remedy = f"`recipe cancel {run_dir.quoted}` cancels all jobs of the run"
-        raise UserError(f"this evaluation is already {job}", file=run_dir.path, remedy=remedy)
     gpus = 0 if record.rehearsal else 1
-    task = Task(result, lambda: [evaluation], gpus, steps=["evaluate"])
-    return backend.carry_out(task)
+
+    def commands_of_job() -> list[Command]:
+        waits = backend.can_wait_for(backends.job_state(run_dir, "run"))
+        _check_before_queueing(run_dir, record, request, waits)
+        evaluation = evaluation_command(run_dir, request, result)
+        if job := backends.job_state(run_dir, "evaluate", evaluation.words):
+            remedy = f"`recipe cancel {run_dir.quoted}` cancels all jobs of the run"
+            raise UserError(f"this evaluation is already {job}", file=run_dir.path, remedy=remedy)
+        return [evaluation]
+
+    task = Task(result, commands_of_job, run_dir.config, gpus, steps=["evaluate"])
+    return backend.carry_out(task, partial(evaluate.evaluate, run_dir, request))
 
 
-def _check_before_queueing(run_dir: RunDir, record: Run, request: EvaluationRequest) -> None:
-    """Check a requested evaluation as far as possible on this machine; before training ends, check only its rows.
+def _check_before_queueing(run_dir: RunDir, record: Run, request: EvaluationRequest, waits: bool) -> None:
+    """Check a requested evaluation as far as possible on this machine; only its rows if it waits for the training.
 
     Raises:
         UserError: see `start`.
     """
-    if not backends.job_state(run_dir, "run"):
+    if not waits:
         task = EvaluationTask(run_dir, request)
         if task.settings.engine != SERVER:  # perhaps only the cluster's nodes can reach the server
             require(task.settings, None, on_gpu=not record.rehearsal)

@@ -124,7 +124,7 @@ class Pipeline:
         self.request = request
         self.evaluation = replace(evaluation, force=request.force)
         self.backend = backend
-        self.gpu = gpu or backend.gpu()
+        self.gpu = gpu or backend.gpu(request)
         self.composed = compose.compose(request, self.gpu)
         self.existing: tuple[RunDir, Run] | None = None
         self.needed_gib: float | None = None
@@ -191,7 +191,7 @@ class Pipeline:
     def _relevant(self, report: check.Report) -> list[Finding]:
         """Findings that apply to the backend; `--force` accepts the names of all findings."""
         self.forceable.update(finding.name for finding in report.findings)
-        return backends.relevant(self.backend, report.findings)
+        return self.backend.relevant(report.findings)
 
     def _benchmark_errors(self) -> list[str]:
         """Errors of the benchmarks that the evaluation needs."""
@@ -261,7 +261,7 @@ class Pipeline:
     def task(self) -> Task:
         """Task with the steps that are neither done nor running nor queued."""
         gpus = 0 if self.request.rehearse else 1
-        return Task(self.result, self._claim, gpus, steps=self._remaining_steps())
+        return Task(self.result, self._claim, self.composed.config, gpus, steps=self._remaining_steps())
 
     def _remaining_steps(self) -> list[Step]:
         if self.state not in ("queued", "running", "finished"):
@@ -295,9 +295,7 @@ class Pipeline:
                 return self._training(folder)
             return self._training(run.create(self.composed, self.request))
         self.result.steps["run"] = str(job or record.state)
-        # an evaluation here cannot wait for a job, and none can wait for a job whose state is unknown
-        can_wait = job is not None and job.kind != "unknown" and not self.backend.here
-        return self._evaluation_of(folder, trained=can_wait)
+        return self._evaluation_of(folder, trained=self.backend.can_wait_for(job))
 
     def _wait_for_start(self) -> None:
         """Look up the existing run; wait while it was just created, until it runs or turns out to be interrupted."""
@@ -351,7 +349,7 @@ class Pipeline:
         if self.state == "finished" and evaluate.is_complete(EvaluationTask(folder, self.evaluation)):
             return SKIPPED
         job = backends.job_state(folder, "evaluate", self._evaluation_command(folder).words)
-        return str(job) if job and (job.kind != "unknown" or not self.backend.here) else None
+        return str(job) if job and job.kind != "unknown" else None
 
 
 def pipelines_of(

@@ -148,8 +148,9 @@ _NO_OPTION = r"^\w[^\x00]*$"  # for an argument of another program
 
 
 class Job(BaseModel):
-    """A SLURM job that carries out a command of a run."""
+    """A job that carries out a command of a run."""
 
+    backend: str
     id: str = Field(pattern=_NO_OPTION)
     step: str
     user: str = Field(pattern=_NO_OPTION)
@@ -165,11 +166,13 @@ class JobState:
         kind: `unknown` if the queue does not answer.
         reason: the queue's reason for waiting, if informative.
         job: the job's id.
+        backend: name of the backend that has the queue.
     """
 
     kind: Literal["queued", "running", "unknown"]
     reason: str = ""
     job: str = ""
+    backend: str = ""
 
     def __str__(self) -> str:
         if self.kind == "unknown":

@@ -13,7 +13,7 @@ from qlora_recipes.base import hardware, processes
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.processes import bounded, start_child
 from qlora_recipes.config import gpus
-from qlora_recipes.run.backends import Local
+from qlora_recipes.run.backends.local import Local
 
 A100 = "NVIDIA A100-SXM4-40GB"
 PARTS = [{"name": f"{A100} MIG {size}g", "uuid": f"MIG-{size}", "gib": 5 * size, "whole": 2} for size in (1, 3)]

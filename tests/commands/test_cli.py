@@ -76,10 +76,7 @@ MISTAKES = [
     ),
     ("run cycle.yaml", "cycle.yaml: too large or nested too deeply for a config; remove values or aliases (*name)"),
     (f"run {NAME} --nodes 2", "--nodes 2: add --on slurm, which starts the run on each node"),
-    (
-        f"run {NAME} --on slrum,time=1:00:00",
-        "--on slrum,time=1:00:00: give local or slurm, with options as in slurm,partition=gpu,time=8:00:00",
-    ),
+    (f"run {NAME} --on slrum,time=1:00:00", "--on slrum: no backend is called slrum; did you mean slurm?"),
     (f"run {NAME} --gpus 2", "--gpus 2: too many; 0 available on this machine"),
     (
         f"run {NAME} --rehearse --set optimizer=grokadamw",

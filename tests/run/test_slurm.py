@@ -364,7 +364,7 @@ def odd_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_folder_with_a_line_end_is_refused(odd_folder, capsys):
     with pytest.raises(UserError) as refused:
-        slurm_module.Slurm(True, None, [])
+        slurm_module.Slurm(True, None, [], submits=True)
     assert str(refused.value) == f"{str(odd_folder)!r}: a control character in this name; rename it"
 
 

@@ -11,7 +11,7 @@ from run_folders import a_run, configure
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.run import launch, run, trust
-from qlora_recipes.run.backends import Local
+from qlora_recipes.run.backends.local import Local
 from qlora_recipes.run.rundir import RunDir, all_runs
 
 NAME = "haider2024/code-llama-7b"

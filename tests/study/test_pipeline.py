@@ -14,7 +14,8 @@ from qlora_recipes.config.compose import Request
 from qlora_recipes.evaluate.evaluate import EvaluationRequest
 from qlora_recipes.plan import plan, step_plan
 from qlora_recipes.run import run
-from qlora_recipes.run.backends import Command, Local, Step, Task, TaskResult
+from qlora_recipes.run.backends import Command, Step, Task, TaskResult
+from qlora_recipes.run.backends.local import Local
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.study import pipeline
 
@@ -30,7 +31,7 @@ def task(folder: Path, words: dict[Step, list[str]], claimed: list[str]) -> Task
         claimed.append(folder.name)
         return [Command(step, RunDir(folder), line, result) for step, line in words.items()]
 
-    return Task(result, commands, gpus=0)
+    return Task(result, commands, {}, gpus=0)
 
 
 def test_jobs_each_see_a_gpu_of_their_own(monkeypatch):
@@ -102,7 +103,7 @@ def test_data_on_the_hub_has_a_digest_and_a_missing_file_has_none():
     assert pipeline_of(with_rows("rows.jsonl")).digest() is None
 
 
-def test_a_config_that_axolotl_refuses_is_not_submitted(place, monkeypatch):
+def test_a_config_that_axolotl_refuses_is_not_submitted(place):
     request = Request(NAME, rehearse=True, overrides=typed("early_stopping_patience=2"))
     refused = pipeline_of(request)
     assert refused.check_config(starts=False)
@@ -110,7 +111,6 @@ def test_a_config_that_axolotl_refuses_is_not_submitted(place, monkeypatch):
     assert refused.result.steps == {"check": "failed"}
     (error,) = refused.result.errors
     assert error.endswith(" [axolotl:early_stopping_patience]")
-    monkeypatch.setattr(refused.backend, "here", False)
     with pytest.raises(UserError) as raised:
         run.compose_and_check(request, refused.backend)
     assert str(raised.value) == error

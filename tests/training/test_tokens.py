@@ -11,7 +11,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config import compose, gpus, substitution
 from qlora_recipes.config.compose import Request
-from qlora_recipes.run import backends
+from qlora_recipes.run.backends import local
 
 NAME = "haider2024/code-llama-7b"
 
@@ -361,7 +361,7 @@ def test_reading_stops_after_twenty_rows_that_axolotl_refuses(llama, place):
 
 
 def test_run_asks_axolotl_before_it_starts_on_a_gpu(recipe, tmp_path, tiny_profile, monkeypatch):
-    monkeypatch.setattr(backends, "here", lambda: gpus.find_gpu("H100"))
+    monkeypatch.setattr(local, "here", lambda: gpus.find_gpu("H100"))
     done = recipe.fails("run", "haider2024/code-llama-7b", "--profile", tiny_profile, "--set", "sequence_len=8")
     assert "[too-long:datasets.0.path]" in done.stderr
     assert not (tmp_path / "runs").exists()

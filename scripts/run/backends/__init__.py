@@ -1,31 +1,27 @@
-"""Tasks that complete runs, and the backends that carry them out: this machine, or SLURM's queue."""
+"""Tasks that complete runs, and the backends that carry them out: this machine, and queues of jobs."""
 
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...base import hardware, processes
+from ...base import processes
 from ...base.errors import UserError
-from ...base.files import opened
-from ...base.processes import start_child, stop_requests
-from ...base.terminal import PART, say
+from ...base.registry import Registry
+from ...base.yamlfiles import Config
 from ...config.finding import Finding
-from ...config.gpus import Gpu, here
-from ...training.run_record import JobState, Run
-from ..rundir import RunDir
+from ...config.gpus import Gpu
+from ...training.run_record import Job, JobState, Run
+from ..rundir import Node, RunDir, this_job
 
 if TYPE_CHECKING:
-    from .slurm import Slurm
+    from ...config.compose import Composed, Request
 
-type Backend = "Local | Slurm"
+BACKENDS: "Registry[type[Backend]]" = Registry("backend", f"{__name__}.local", f"{__name__}.slurm")
+"""Backends by the name that --on gives them."""
 
 DONE, SKIPPED, FAILED = "done", "skipped", "failed"
 Step = Literal["prepare", "run", "evaluate"]
@@ -94,6 +90,7 @@ class Task:
     Attributes:
         claim: function that finds or creates the run folder and returns the commands; called once, just before the task
             starts.
+        config: config of the run; of a new one, without the keys that its folder determines.
         gpus: number of GPUs per node for training.
         nodes: number of nodes for training.
         steps: steps that the commands may carry out.
@@ -101,21 +98,131 @@ class Task:
 
     result: TaskResult
     claim: Callable[[], list[Command]]
+    config: Config
     gpus: int
     nodes: int = 1
     steps: Sequence[Step] = ("prepare", "run")
 
 
-_AGAIN = "run the same command again to continue"
+class Backend(ABC):
+    """A place that carries out tasks; what is not abstract suits a queue of jobs on other machines.
+
+    Args:
+        rehearsal: whether the runs are rehearsals, which need no GPU.
+        jobs: maximum number of simultaneous tasks; None leaves it to the backend.
+        options: options after the name in --on, as KEY=VALUE.
+        submits: whether jobs are about to be submitted.
+
+    Raises:
+        UserError: an option is wrong, or the backend cannot be used.
+    """
+
+    @abstractmethod
+    def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str], submits: bool): ...
+
+    @abstractmethod
+    def gpu(self, request: "Request") -> Gpu | None:
+        """GPU for which a requested run is composed, checked and planned, or None."""
+
+    @abstractmethod
+    def check_size(self, gpus: int, nodes: int) -> None:
+        """Refuse a run that needs too many GPUs or nodes, unless `submit` does.
+
+        Raises:
+            UserError: the run needs too many.
+        """
+
+    def relevant(self, findings: Iterable[Finding]) -> list[Finding]:
+        """Findings that apply to the backend: by default, not those about this machine."""
+        return [finding for finding in findings if finding.scope != "machine"]
+
+    def tokenizes_soon(self, composed: "Composed") -> bool:
+        """True if training reports the errors of rows soon after its start."""
+        return False
+
+    @abstractmethod
+    def preview(self, task: Task) -> str:
+        """Config or scripts with which `carry_out` would start a training; nothing is written."""
+
+    @abstractmethod
+    def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
+        """Carry out tasks, or submit them as jobs; record steps and errors in their `result`.
+
+        A backend that costs money asks first.
+
+        Args:
+            tasks: tasks that do not depend on each other.
+            title: name of this submission.
+
+        Returns:
+            Folders of the queued runs.
+
+        Raises:
+            UserError: the backend refuses the tasks; nothing was started.
+            WorkFailed: only some jobs were submitted.
+        """
+
+    def carry_out[T](self, task: Task, work: Callable[[], T]) -> T | RunDir:
+        """Carry out one task: by default as a job.
+
+        Args:
+            task: the task.
+            work: function that does the work of the task in this process.
+
+        Returns:
+            The folder of the queued run, or what `work` returns.
+
+        Raises:
+            UserError: the backend refuses the task; nothing was started.
+        """
+        folders = self.submit([task], task.result.recipe)
+        if not folders:
+            raise UserError(str(task.result.problem))
+        return folders[0]
+
+    def can_wait_for(self, job: JobState | None) -> bool:
+        """True if a task can wait for a job: one of the same backend, whose state is known."""
+        return job is not None and type(self) is BACKENDS.get(job.backend)
+
+    @classmethod
+    @abstractmethod
+    def state(cls, folder: RunDir, job: Job) -> JobState | None:
+        """State of a run's job; None if it has ended.
+
+        If the job writes elsewhere, this also brings its files into the run folder.
+        """
+
+    @classmethod
+    @abstractmethod
+    def cancel(cls, folder: RunDir, job: Job) -> list[str]:
+        """Ask a run's job to stop, unless it has ended; return messages."""
+
+    @classmethod
+    def node(cls) -> Node | None:
+        """This process's node in a job with several nodes; None for backends without such jobs."""
+        return None
 
 
-def relevant(backend: Backend, findings: Iterable[Finding]) -> list[Finding]:
-    """Findings that apply to a backend; only a local backend gets findings about this machine."""
-    return [finding for finding in findings if backend.here or finding.scope != "machine"]
+def claimed(tasks: Iterable[Task]) -> list[list[Command]]:
+    """Commands of each task that has any, to be submitted; a task's `result` records its error."""
+    claims = []
+    for task in tasks:
+        try:
+            if commands := task.claim():
+                claims.append(commands)
+        except UserError as error:
+            task.result.fail("run", str(error))
+    return claims
+
+
+def this_node() -> Node | None:
+    """This process's node in a job with several nodes, or None."""
+    job = this_job()
+    return BACKENDS[job.backend].node() if job else None
 
 
 def read(run_dir: RunDir) -> Run:
-    """Read a run's record, with its current state here and in SLURM's queue.
+    """Read a run's record, with its current state here and in the queue of its jobs.
 
     Raises:
         UserError: run.json is missing or damaged, or jobs.json is damaged.
@@ -132,112 +239,14 @@ def job_state(run_dir: RunDir, step: str, words: Sequence[str] | None = None) ->
         words: arguments of `recipe` in the job's command; None accepts any job of the step.
 
     Raises:
-        UserError: jobs.json is damaged.
+        UserError: jobs.json is damaged, or names an unknown backend.
     """
-    from .slurm_cluster import active
-
-    states = active([job for job in run_dir.jobs() if job.step == step and words in (None, job.words)])
-    return JobState("unknown") if states is None else next(iter(states.values()), None)
-
-
-class Local:
-    """This machine.
-
-    Args:
-        rehearsal: whether the runs are rehearsals, which need no GPU.
-        jobs: number of simultaneous tasks, one per GPU; None means one.
-
-    Raises:
-        UserError: this machine has fewer GPUs than jobs.
-    """
-
-    here: Literal[True] = True
-
-    def __init__(self, rehearsal: bool, jobs: int | None = None):
-        jobs = jobs or 1
-        visible = [None] * jobs if jobs == 1 or rehearsal else [*hardware.visible_gpus()]
-        if jobs > len(visible):
-            raise UserError(f"--jobs {jobs}: each job needs its own GPU; {len(visible)} available on this machine")
-        self.devices = visible[:jobs]  # the GPU of each job; None leaves the choice to the run
-
-    def gpu(self) -> Gpu | None:
-        """The first GPU of this machine."""
-        return here()
-
-    def check_size(self, gpus: int, nodes: int) -> None:
-        """Refuse a run that needs more GPUs than this machine has.
-
-        Raises:
-            UserError: the run needs too many GPUs or nodes.
-        """
-        if nodes > 1:
-            raise UserError(f"--nodes {nodes}: add --on slurm, which starts the run on each node")
-        if gpus > max(available := len(hardware.visible_gpus()), 1):
-            raise UserError(f"--gpus {gpus}: too many; {available} available on this machine")
-
-    def submit(self, tasks: Sequence[Task], title: str) -> None:
-        """Carry out tasks, one at a time on each device.
-
-        After a request to stop, running commands stop at a checkpoint, and no further command starts.
-        """
-        waiting: deque[tuple[str, Task]] = deque()
-        for number, task in enumerate(tasks, start=1):
-            waiting.append((f"{number} of {len(tasks)}, {task.result.label}", task))
-        with stop_requests() as stops:
-            passed_on = 0
-            workers = [self._worker(device, waiting, stops) for device in self.devices]
-            while running := [process for worker in workers if (process := next(worker, None))]:
-                for _ in stops[passed_on:]:
-                    passed_on += 1
-                    for process in running:
-                        process.terminate()
-                time.sleep(0.05)
-        for _, task in waiting:
-            task.result.errors = [f"interrupted before its start; {_AGAIN}"]
-
-    def _worker(
-        self, device: str | None, waiting: deque[tuple[str, Task]], stops: list[int]
-    ) -> Iterator["subprocess.Popen[bytes]"]:
-        """Carry out waiting tasks on a device, one by one; yield each process repeatedly until it ends."""
-        while waiting and not stops:
-            yield from self._commands(*waiting.popleft(), device, stops)
-
-    def _commands(
-        self, label: str, task: Task, device: str | None, stops: list[int]
-    ) -> Iterator["subprocess.Popen[bytes]"]:
-        try:
-            commands = task.claim()
-        except UserError as error:
-            task.result.fail("run", str(error))
-            return
-        for command in commands:
-            process = self._start(command, label, device)
-            while process.poll() is None:
-                yield process
-            if not process.returncode:
-                task.result.steps[command.step] = DONE
-                task.result.run = command.folder.path
-            elif not stops:
-                log = self._log(command)
-                task.result.fail(command.step, f"{DOES[command.step]} failed{f'; see {log}' if log else ''}")
-                return
-            if stops:
-                task.result.errors = [f"interrupted; {_AGAIN}"]
-                return
-
-    def _start(self, command: Command, label: str, device: str | None) -> "subprocess.Popen[bytes]":
-        log = self._log(command)
-        say(f"{label}: {DOES[command.step]}{f'; log: {log}' if log else ''}")
-        environment = os.environ | {PART: "1"}
-        if device:
-            environment["CUDA_VISIBLE_DEVICES"] = device
-        recipe = str(Path(sys.executable).with_name("recipe"))
-        with opened(log, "ab") if log else nullcontext() as stream:
-            return start_child([recipe, *command.words], env=environment, stdout=subprocess.DEVNULL, stderr=stream)
-
-    def _log(self, command: Command) -> Path | None:
-        """Log file of a command; None if it writes to the terminal."""
-        return command.folder.path / f"{command.step}.log" if len(self.devices) > 1 else None
+    for job in run_dir.jobs():
+        if job.step == step and words in (None, job.words):
+            state = BACKENDS.find(job.backend).state(run_dir, job)
+            if state:
+                return state
+    return None
 
 
 def stop_holders(locks: Iterable[Path]) -> list[str]:
@@ -250,13 +259,14 @@ def stop_holders(locks: Iterable[Path]) -> list[str]:
 
 def cancel(folders: Iterable[RunDir], locks: Iterable[Path] = ()) -> list[str]:
     """Ask the commands that hold a lock to stop, or else the runs; return a message per process or job."""
-    from . import slurm_cluster
-
     messages = stop_holders(locks)
     if messages:  # these commands stop their runs, and would otherwise start the next ones
         return messages
     for folder in folders:
+        asked = []
+        for job in reversed(folder.jobs()):  # first those that wait for others, and would then start
+            asked += BACKENDS.find(job.backend).cancel(folder, job)
         # ask each run only once: a second request would stop training without a checkpoint
-        asked = slurm_cluster.cancel(folder.jobs()) or stop_holders(folder.path.rglob("*lock"))
+        asked = asked or stop_holders(folder.path.rglob("*lock"))
         messages += [f"{folder.path}: {message}" for message in asked]
     return messages

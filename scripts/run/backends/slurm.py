@@ -6,6 +6,7 @@ near its time limit stops at a checkpoint and is requeued. Requeued and preempte
 checkpoint.
 """
 
+import os
 import re
 import shlex
 import sys
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from getpass import getuser
 from pathlib import Path
 from secrets import token_hex
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from ...base import paths
 from ...base.errors import UserError, WorkFailed, require_plain
@@ -22,15 +23,30 @@ from ...base.files import write_atomically
 from ...base.paths import template_environment
 from ...base.terminal import PART, say
 from ...config.gpus import Gpu, find_gpu
-from ...training.run_record import Job
-from ..rundir import RunDir, stamped
-from . import Command, Step, Task
-from .slurm_cluster import STEPS, Cluster, active, ask, cluster_settings, forget_queue, queue, sbatch, settings_file
+from ...training.run_record import Job, JobState
+from ..rundir import JOB, Node, RunDir, stamped
+from . import BACKENDS, Backend, Command, Step, Task, claimed, job_state
+from .slurm_cluster import (
+    NAME,
+    STEPS,
+    Cluster,
+    ask,
+    cluster_settings,
+    forget_queue,
+    require_answer,
+    sbatch,
+    settings_file,
+    state_of,
+)
+
+if TYPE_CHECKING:
+    from ...config.compose import Request
 
 GRACE = 300  # training stops at a checkpoint this many seconds before the limit; --on slurm,signal=… changes it
 
 
-class Slurm:
+@BACKENDS.register(NAME)
+class Slurm(Backend):
     """The queue of a SLURM cluster.
 
     Args:
@@ -43,43 +59,25 @@ class Slurm:
         UserError: a setting is invalid, or jobs are to be submitted and SLURM does not answer.
     """
 
-    here: Literal[False] = False
-
-    def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str], submits: bool = True):
+    def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str], submits: bool):
         require_plain(Path.cwd(), paths.runs(), sys.executable)
         self.cluster = cluster_settings(options)
         self.jobs = jobs
         self._gpu = find_gpu(self.cluster.gpu, "gpu") if self.cluster.gpu and not rehearsal else None
-        if submits and isinstance(error := queue([getuser()]), UserError):
-            raise error  # without SLURM's answer, a queued run could be submitted again
+        if submits:
+            require_answer()
 
-    def gpu(self) -> Gpu | None:
+    def gpu(self, request: "Request") -> Gpu | None:
         """GPU in the cluster's settings, or None."""
         return self._gpu
 
     def check_size(self, gpus: int, nodes: int) -> None:
         """Accept any size; sbatch tests it in `Batch.check`."""
 
-    def carry_out(self, task: Task) -> RunDir:
-        """Submit one task and return the run folder.
-
-        Raises:
-            UserError: SLURM refuses the task; nothing was submitted.
-        """
-        folders = self.submit([task], task.result.recipe)
-        if not folders:
-            raise UserError(str(task.result.problem))
-        return folders[0]
-
-    def preview(self, training: Command, gpus: int, nodes: int) -> str:
-        """Scripts of the jobs that would prepare and train a run; nothing is written.
-
-        Args:
-            training: command of the training.
-            gpus: number of GPUs per node.
-            nodes: number of nodes.
-        """
-        batch = Batch(self.cluster, self.jobs, _file_name(training.result.recipe), gpus, nodes)
+    def preview(self, task: Task) -> str:
+        """Scripts of the jobs that would prepare and train a run."""
+        (training,) = task.claim()
+        batch = Batch(self.cluster, self.jobs, _file_name(task.result.recipe), task.gpus, task.nodes)
         return batch.script("prepare", [_preparing(training)], 1) + batch.script("run", [training], 1)
 
     def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
@@ -101,23 +99,19 @@ class Slurm:
         if not tasks:
             return []
         forget_queue()  # the cached job states may be outdated after checks and plans
+        require_answer()
         batch = Batch(self.cluster, self.jobs, _file_name(title), tasks[0].gpus, tasks[0].nodes)
         batch.check({step for task in tasks for step in task.steps}, len(tasks))
-        claimed = []
-        for task in tasks:
-            try:
-                claimed.append(task.claim())
-            except UserError as error:
-                task.result.fail("run", str(error))
-        self._queue(batch, claimed)
-        return [commands[0].folder for commands in claimed if commands]
+        claims = claimed(tasks)
+        self._queue(batch, claims)
+        return [commands[0].folder for commands in claims]
 
-    def _queue(self, batch: "Batch", claimed: Sequence[list[Command]]) -> None:
+    def _queue(self, batch: "Batch", claims: Sequence[list[Command]]) -> None:
         """Submit the commands of each task: a training, an evaluation, or both in this order."""
         trainings = []
         evaluations = []  # each waits for the training with the same index
         scoring_only = []  # evaluations whose training is not among these tasks
-        for commands in claimed:
+        for commands in claims:
             for command in commands:
                 if command.step == "run":
                     trainings.append(command)
@@ -134,6 +128,29 @@ class Slurm:
         for job, commands in _by_training_job(scoring_only).items():
             batch.submit("evaluate", commands, f"afterok:{job}" if job else None)
 
+    @classmethod
+    def state(cls, folder: RunDir, job: Job) -> JobState | None:
+        """State of a job; unknown if SLURM does not answer."""
+        return state_of(job)
+
+    @classmethod
+    def cancel(cls, folder: RunDir, job: Job) -> list[str]:
+        """Cancel a job; training reaches a checkpoint if SLURM's setting KillWait gives it enough time."""
+        state = state_of(job)
+        if state is None or not state.job:
+            return []
+        ask("scancel", state.job)
+        forget_queue()
+        return [f"job {state.job} is cancelled"]
+
+    @classmethod
+    def node(cls) -> Node | None:
+        """This process's node, from srun's variables."""
+        if os.environ.get("SLURM_NNODES") == "1":
+            return None
+        rank, head, job = (os.environ[f"SLURM_{name}"] for name in ("NODEID", "LAUNCH_NODE_IPADDR", "JOB_ID"))
+        return Node(int(rank), head, port=20000 + int(job) % 10000)  # different for jobs on the same node
+
 
 def _file_name(title: str) -> str:
     """Title of a submission, with characters that suit file names."""
@@ -149,8 +166,9 @@ def _by_training_job(evaluations: Sequence[Command]) -> dict[str | None, list[Co
     """Evaluations by id of the queued training job that they have to wait for; None if their training has ended."""
     by_job: dict[str | None, list[Command]] = {}
     for evaluation in evaluations:
-        queued = active([job for job in evaluation.folder.jobs() if job.step == "run"])
-        by_job.setdefault(next(iter(queued or ()), None), []).append(evaluation)
+        training = job_state(evaluation.folder, "run")
+        queued = training.job if training and training.backend == NAME else None
+        by_job.setdefault(queued, []).append(evaluation)
     return by_job
 
 
@@ -221,7 +239,8 @@ class Batch:
         say(f"job {job}: {step}, {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}; {file}")
         for i, task in enumerate(tasks):
             id_ = f"{job}_{i}"
-            task.folder.add_job(Job(id=id_, step=step, user=getuser(), script=str(file), words=task.words))
+            job_of_task = Job(backend=NAME, id=id_, step=step, user=getuser(), script=str(file), words=task.words)
+            task.folder.add_job(job_of_task)
             task.result.steps[step] = f"queued (job {id_})"
         forget_queue()
         return job
@@ -243,6 +262,7 @@ class Batch:
             setup=self.cluster.setup,
             cwd=Path.cwd(),
             part=PART,
+            job=f"{JOB}={NAME}:",
             tasks=tasks,
             nodes=self._nodes(step),
             launcher=self._launcher(step),

@@ -3,8 +3,9 @@
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
+from getpass import getuser
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -20,6 +21,7 @@ from ...config.merging import flatten, merge
 from ...training.run_record import Job, JobState
 from . import Step
 
+NAME = "slurm"
 STEPS: tuple[Step, ...] = get_args(Step)
 _OWN = {  # options that `recipe` sets for each job, or that would hide the job's id
     *("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "output"),
@@ -109,39 +111,32 @@ def _cluster(content: Config, where: str) -> Cluster:
         raise UserError(f"{where}: {' '.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def active(jobs: Sequence[Job]) -> dict[str, JobState] | None:
-    """States of unfinished jobs by id, in the order of `jobs`; None if SLURM does not answer."""
-    if not jobs:
-        return {}
-    states = queue(job.user for job in jobs)
+def state_of(job: Job) -> JobState | None:
+    """State of a job; None if it has ended, and unknown if SLURM does not answer."""
+    states = queue(job.user)
     if isinstance(states, UserError):
         say_once(str(states))
-        return None
-    return {job.id: states[job.id, job.script] for job in jobs if (job.id, job.script) in states}
+        return JobState("unknown")
+    return states.get((job.id, job.script))
 
 
-def cancel(jobs: Sequence[Job]) -> list[str]:
-    """Cancel jobs and return messages.
-
-    Training reaches a checkpoint if SLURM's setting KillWait gives it enough time.
-    """
-    if ids := list(active(jobs) or {}):
-        ask("scancel", *ids)
-        forget_queue()
-    return [f"job {id_} is cancelled" for id_ in ids]
+def queue(user: str) -> dict[tuple[str, str], JobState] | UserError:
+    """States of a user's unfinished jobs, each under its pair of id and script; or an error. Cached for a minute."""
+    return _queue(user, int(time.monotonic() / 60))
 
 
-def queue(users: Iterable[str]) -> dict[tuple[str, str], JobState] | UserError:
-    """States of unfinished jobs, each under its pair of id and script; or an error. Cached for a minute."""
-    return _queue(frozenset(users), int(time.monotonic() / 60))
+def require_answer() -> None:
+    """Raise UserError if SLURM does not answer: a queued run could then be submitted again."""
+    if isinstance(error := queue(getuser()), UserError):
+        raise error
 
 
 @lru_cache(maxsize=16)  # one runs folder can have runs of several users
-def _queue(users: frozenset[str], minute: int) -> dict[tuple[str, str], JobState] | UserError:
+def _queue(user: str, minute: int) -> dict[tuple[str, str], JobState] | UserError:
     # %i is a task's id, such as 12_0; -r prints one line per task; %o, the script, can contain any character
     form = "--format=%i|%T|%r|%o"
     try:
-        shown = ask("squeue", f"--user={','.join(sorted(users))}", "--noheader", "-r", form)
+        shown = ask("squeue", f"--user={user}", "--noheader", "-r", form)
     except UserError as error:
         return error
     lines = (line.split("|", 3) for line in shown.splitlines() if line.count("|") >= 3)
@@ -155,9 +150,9 @@ def forget_queue() -> None:
 
 def _state(job: str, state: str, reason: str) -> JobState:
     if state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED"):
-        return JobState("running", "" if state == "RUNNING" else state.lower(), job)
+        return JobState("running", "" if state == "RUNNING" else state.lower(), job, NAME)
     is_informative = reason not in ("None", "Dependency")  # another program's text
-    return JobState("queued", reason if is_informative else "", job)
+    return JobState("queued", reason if is_informative else "", job, NAME)
 
 
 def ask(*command: str, script: str = "") -> str:
