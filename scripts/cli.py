@@ -29,7 +29,7 @@ recipe results"""
 
 
 COMMANDS = {
-    "Recipes": {"list": "list", "show": "list", "diff": "list", "new": "list"},
+    "Recipes": {"list": "list", "show": "list", "diff": "list", "new": "new"},
     "Before a run": {"data": "data", "check": "check", "plan": "plan"},
     "Running": {"run": "run", "resume": "run", "sweep": "sweep", "reproduce": "reproduce", "cancel": "run"},
     "After": {
