@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UserError, did_you_mean, meant, require_plain
+from .run_files import RunFile
 
 if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment
@@ -45,7 +46,7 @@ NEW_RUN = ".new"
 
 def run_folders(folder: Path) -> Iterator[Path]:
     """Yield the folders of all runs below a folder, in no order."""
-    return (file.parent for file in folder.rglob("run.json") if file.parent.name != NEW_RUN)
+    return (file.parent for file in folder.rglob(RunFile.RECORD) if file.parent.name != NEW_RUN)
 
 
 def cache() -> Path:

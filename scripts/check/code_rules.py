@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import read_bytes
+from ..base.run_files import RunFile
 from ..base.secrets import without_secrets
 from ..base.yamlfiles import Config
 from ..config import keys, models
@@ -32,7 +33,7 @@ def foreign_code(case: Case) -> Problems:
     """
     written = _with_deepspeed(case.written)
     if isinstance(adapter := written.get("lora_model_dir"), str):
-        written["adapter_config"] = ModelFiles.find(adapter, None, case.ask_hub).json("adapter_config.json")
+        written["adapter_config"] = ModelFiles.find(adapter, None, case.ask_hub).json(RunFile.ADAPTER_CONFIG)
     for key, value in leaves(written):
         if not _is_harmless(key, value):
             shown = without_secrets(value, key)

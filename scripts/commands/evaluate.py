@@ -8,6 +8,7 @@ import typer
 
 from ..base import tables
 from ..base.files import write_rows
+from ..base.run_files import RunFile
 from ..base.terminal import Bar, say
 from .help import RecipeCommand, name_of, suggest
 from .options import (
@@ -116,7 +117,7 @@ def evaluate_command(
     title = listing.REHEARSALS if folder.read().rehearsal else None
     print_scores(scores, json, title)
     where, options = folder.quoted, datafiles.chat_options(folder.config)
-    arguments = f"{where}/config.yaml --lora-model-dir {where}/output {options}"
+    arguments = f"{where}/{RunFile.CONFIG} --lora-model-dir {where}/{RunFile.OUTPUT} {options}"
     say(f"chat: AXOLOTL_DO_NOT_TRACK=1 axolotl inference {arguments}")
     suggest("report", name_of(folder), json=json)
 

@@ -14,6 +14,7 @@ from ..base import hub, paths, yamlfiles
 from ..base.errors import UserError, did_you_mean, first_line
 from ..base.files import read_bytes, read_json
 from ..base.hardware import GIB
+from ..base.run_files import RunFile
 from ..base.yamlfiles import Config
 from .merging import listed, merge
 
@@ -310,7 +311,7 @@ class ModelFiles:
         loaded = []
         if not {"model.safetensors", "model.safetensors.index.json"}.intersection(self.names):
             loaded += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
-        if "config.json" in self.names or "adapter_model.safetensors" not in self.names:
+        if "config.json" in self.names or RunFile.ADAPTER not in self.names:
             loaded.append("adapter_model.bin")
         loaded = [name for name in loaded if name in self.names]
         for index in self.names:

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from ..base.errors import UserError
+from ..base.run_files import RunFile
 from ..base.yamlfiles import Config
 from .declaration import Count, Data, FilePath, Key, Mistake, Strict, Text, undeclared
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FILES: tuple[str, str] = (RunFile.ADAPTER_CONFIG, RunFile.ADAPTER)
 """Files of an adapter saved by PEFT."""
 FORK_WEIGHTS = "adapter_model.bin"
 """File of weights that a fork of PEFT saved, by torch.save."""

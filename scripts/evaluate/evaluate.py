@@ -10,6 +10,7 @@ from ..base.errors import UserError
 from ..base.files import Row, sha256, tensor_shapes
 from ..base.hub import importing_axolotl
 from ..base.processes import held, now
+from ..base.run_files import RunFile
 from ..base.terminal import Bar, say, say_once
 from ..config import substitution
 from ..config.numerics import precision, quantized
@@ -353,7 +354,7 @@ def evaluate(run_dir: RunDir, request: EvaluationRequest) -> Evaluation:
     if task.run.recipe_note:
         say_once(task.run.recipe_note)  # also with --base
     task.where.mkdir(parents=True, exist_ok=True)
-    with held(task.where / scores_file.LOCK, "another evaluation is running"):
+    with held(task.where / RunFile.EVALUATION_LOCK, "another evaluation is running"):
         part = part_file(task.where, task.settings)
         scores_file.finish_write(task.where, part)
         former = reusable_evaluation(task)

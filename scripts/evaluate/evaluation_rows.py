@@ -11,6 +11,7 @@ import orjson
 from ..base.errors import UserError
 from ..base.files import Row, digest, json_rows, read_rows, sha256, write_rows
 from ..base.hub import importing_axolotl
+from ..base.run_files import RunFile
 from ..base.terminal import say
 from ..base.yamlfiles import Config
 from ..config import datafiles
@@ -23,7 +24,6 @@ from ..training.run_record import Run
 from .scores_file import RowsState, sample_positions
 
 # File in a run folder: rows that only Axolotl can load, each with its data set. The first evaluation writes it.
-KEPT = "evaluation-rows.jsonl"
 WITHOUT_ANSWERS = ("rl", "reward_model", "process_reward_model", "pretraining_dataset")
 """Config keys of trainings whose rows have no answers."""
 _ELSEWHERE = "name a file of evaluation rows with --data"
@@ -247,7 +247,7 @@ def _read_datasets(
     """Rows of data sets, each with its data set, and the states of the files."""
     files = [file for dataset in source.datasets if (file := datafiles.jsonl(dataset.entry, Path(run.cwd)))]
     if source.held_out or len(files) < len(source.datasets):
-        rows_file = run_dir.path / KEPT
+        rows_file = run_dir.path / RunFile.ROWS
         if loads and not rows_file.is_file():
             _load(source, rows_file, run, cfg)
         return _loaded_rows(source, rows_file), [RowsState.of_rows(rows_file, None)]

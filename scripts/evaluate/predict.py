@@ -14,6 +14,7 @@ import orjson
 
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, digest, json_lines, naming, opened, parse_json, read_bytes, replacing
+from ..base.run_files import RunFile
 from ..base.terminal import Bar, say
 from ..base.yamlfiles import Config
 from ..config import gpus
@@ -175,7 +176,7 @@ def part_file(folder: Path, settings: EvaluationSettings) -> Path:
     identity = settings.identity() | settings.model_dump(include={"engine", "model"})
     if settings.engine == REFERENCE and settings.decoding.do_sample:  # otherwise batches change only rounding
         identity |= settings.model_dump(include={"rows", "batch_size"})
-    return folder / f"predictions.{digest(identity)[:12]}.part.jsonl"
+    return folder / RunFile.PART.format(digest(identity)[:12])
 
 
 def read_part(

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, field_validator
 
 from ..base.errors import UserError
 from ..base.files import Row, digest, json_lines, parse_json, parts_of, read_bytes, read_rows, replacing, sha256
+from ..base.run_files import RunFile
 from ..base.terminal import say_once
 from ..base.yamlfiles import Config
 from ..data.studies import Decoding
@@ -27,10 +28,7 @@ VERSION = 5
 Increase it when a change gives the same texts different scores, or renames or removes a field. Scores of another
 version are then computed again.
 """
-PREDICTIONS = "predictions.jsonl"
-SCORES = "scores.json"
-ADAPTER = "adapter_model.safetensors"
-LOCK = ".evaluation.lock"
+PREDICTIONS, SCORES, ADAPTER = RunFile.PREDICTIONS, RunFile.SCORES, RunFile.ADAPTER
 BASE = "none"  # value of --adapter for the base model without an adapter
 COMPARED = 32  # number of rows in which an engine or a file is compared with the trained model
 REFERENCE, VLLM, SERVER = "transformers", "vllm", "server"
@@ -291,7 +289,7 @@ class EvaluationSettings(BaseModel):
 
     def folder(self, run: Path) -> Path:
         """Folder for an evaluation with these settings, if they are not the default, in a run folder."""
-        return run / "evaluations" / digest(self.identity())[:12]
+        return run / RunFile.EVALUATIONS / digest(self.identity())[:12]
 
 
 class Engine(Protocol):
@@ -531,7 +529,7 @@ def changed(folder: Path, evaluation: Evaluation | None, run: Run | None = None)
         return None
     if run and run.adapter and evaluation.settings.adapter_sha256 != run.adapter.sha256:
         return "stale"
-    output = folder / "output"  # even in a moved run folder
+    output = folder / RunFile.OUTPUT  # even in a moved run folder
     adapter = output if output.is_dir() else Path(evaluation.settings.adapter)
     files = {"adapter": adapter / ADAPTER, "predictions": folder / PREDICTIONS}
     differing = [name for name, state in evaluation.files.items() if state.differs(files[name])]
@@ -570,7 +568,7 @@ def find_evaluation(run: Path, default: Evaluation | None, **changes: Any) -> Ev
 def served_evaluations(folder: Path, run: Run) -> list[Evaluation]:
     """Current evaluations of GGUF files of a run's adapter, the files with the most bits first."""
     evaluations = []
-    for file in sorted((folder / "evaluations").glob(f"*/{SCORES}")):
+    for file in sorted((folder / RunFile.EVALUATIONS).glob(f"*/{SCORES}")):
         evaluation = current(file.parent, run)
         if evaluation and evaluation.settings.file:
             evaluations.append((-evaluation.settings.file.bits, evaluation))

@@ -17,6 +17,7 @@ from ..base import paths
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, embedding_rows, naming, opened, read_json
 from ..base.processes import start_child
+from ..base.run_files import RunFile
 from ..base.terminal import Bar
 from .scores_file import ADAPTER, EvaluationSettings
 
@@ -76,10 +77,10 @@ def for_cpu() -> bool:
 
 def _obstacle(adapter: Path) -> str | None:
     """Reason why vLLM cannot serve an adapter; None if it can."""
-    config = read_json(adapter / "adapter_config.json")
+    config = read_json(adapter / RunFile.ADAPTER_CONFIG)
     for key in _NOT_SERVED:
         if config.get(key):
-            return f"whose adapter_config.json has {key}"
+            return f"whose {RunFile.ADAPTER_CONFIG} has {key}"
     if embedding_rows(adapter / ADAPTER):
         return "which holds an embedding for added tokens"
     if config.get("peft_type") != "LORA":
@@ -118,7 +119,7 @@ def running_server(prompter: "Prompter", prompts: Sequence[list[int]], part: Pat
     if len(prompter.tokenizer) > prompter.config.get_text_config().vocab_size:
         raise UserError("--engine vllm: cannot serve a base model with tokens added in training; leave --engine out")
     longest = max(map(len, prompts)) + settings.decoding.max_new_tokens
-    key, log = secrets.token_hex(16), part.with_name("vllm.log")
+    key, log = secrets.token_hex(16), part.with_name(RunFile.SERVER_LOG)
     environment = os.environ | PRIVATE | {"VLLM_API_KEY": key}
     if for_cpu():
         environment |= ON_CPU
@@ -171,7 +172,7 @@ def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[
         free, total = torch.cuda.mem_get_info()
         words += ["--gpu-memory-utilization", f"{0.95 * free / total:.3f}"]
     if settings.adapter_sha256:
-        rank = _rank(read_json(Path(settings.adapter) / "adapter_config.json"))
+        rank = _rank(read_json(Path(settings.adapter) / RunFile.ADAPTER_CONFIG))
         room = next(room for room in RANKS if room >= rank)
         words += ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules", f"adapter={settings.adapter}"]
     return words

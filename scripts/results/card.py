@@ -13,6 +13,7 @@ from ..base import hub, paths, tables, yamlfiles
 from ..base.files import Row, embedding_rows, read_json, sha256
 from ..base.hub import importing_axolotl
 from ..base.paths import template_environment
+from ..base.run_files import RunFile
 from ..base.secrets import names_secret, without_secrets
 from ..base.yamlfiles import Config
 from ..config import datafiles, keys, merging, models
@@ -21,7 +22,7 @@ from ..data import studies
 from ..data.declaration import Data
 from ..data.raw_rows import constants
 from ..data.studies import Study
-from ..evaluate.scores_file import ADAPTER, Evaluation
+from ..evaluate.scores_file import Evaluation
 from ..run.rundir import PLUGIN, RunDir
 from ..training.run_record import Run
 from .run_result import RunResult
@@ -199,7 +200,7 @@ class Card:
     @property
     def embedding_rows(self) -> int | None:
         """Rows of the adapter's embedding; None if the training added no tokens."""
-        return embedding_rows(self.result.folder.output / ADAPTER)
+        return embedding_rows(self.result.folder.adapter)
 
     @property
     def config_sha256(self) -> str:
@@ -207,7 +208,7 @@ class Card:
 
     @property
     def adapter_sha256(self) -> str:
-        return sha256(self.result.folder.output / ADAPTER)
+        return sha256(self.result.folder.adapter)
 
     @property
     def front_matter(self) -> str:
@@ -329,7 +330,7 @@ def _arguments(decoding: studies.Decoding) -> str:
 
 def base_model(run_dir: RunDir, run: Run) -> Base:
     """Base model of a run's adapter."""
-    recorded = read_json(run_dir.output / "adapter_config.json").get("base_model_name_or_path")
+    recorded = read_json(run_dir.output / RunFile.ADAPTER_CONFIG).get("base_model_name_or_path")
     name = str(recorded or run_dir.config.get("base_model"))
     return Base(name, is_local=Path(name).is_absolute() or Path(run.cwd, name).is_dir())
 

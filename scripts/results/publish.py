@@ -13,6 +13,7 @@ from ..base import hub
 from ..base.errors import UserError, WorkFailed, one_line, recipe_command
 from ..base.files import opened, read_json, sha256, tensor_shapes, write_atomically
 from ..base.processes import make_once, start_child
+from ..base.run_files import RunFile
 from ..base.terminal import Bar, say
 from ..config import substitution
 from ..config.models import lost_in_merge
@@ -31,7 +32,7 @@ CARD = "README.md"
 MADE_FROM = "adapter.sha256"  # file beside weights made from an adapter; holds the adapter's hash
 SUMS = "SHA256SUMS"
 _TOKENIZER = ["tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
-_PUSHED = [CARD, ADAPTER, "adapter_config.json", *_TOKENIZER]
+_PUSHED = [CARD, ADAPTER, RunFile.ADAPTER_CONFIG, *_TOKENIZER]
 _PUSHED_MERGED = [CARD, "model*.safetensors*", "config.json", "generation_config.json", *_TOKENIZER,
                   "LICENSE*", "USE_POLICY*", "NOTICE*", "Notice*"]  # fmt: skip
 
@@ -89,7 +90,7 @@ def publish(
 
 def _refuse_run(run_dir: RunDir, run: Run) -> None:
     """Raise UserError if the run has no adapter to publish."""
-    adapter = run_dir.output / ADAPTER
+    adapter = run_dir.adapter
     if run.state != "finished":
         remedy = f"wait until it ends, or run `recipe resume {run_dir.quoted}`"
         raise UserError(f"the run is {run.state}", file=run_dir.path, remedy=remedy)
@@ -118,7 +119,7 @@ def _merge(result: RunResult) -> Path:
         UserError: the merge leaves out trained modules.
     """
     folder = result.folder
-    merged = folder.output / "merged"
+    merged = folder.output / RunFile.MERGED
 
     def merge_into(part: Path) -> None:  # not the output folder, where Axolotl would replace the training log
         words = ["merge-lora", "--lora-model-dir", folder.output.resolve(), "--output-dir", part.resolve()]
@@ -133,7 +134,7 @@ def _merge(result: RunResult) -> Path:
             problem = f"Axolotl's merge loses the trained {', '.join(lost)}"
             raise UserError(problem, file=folder.config_file, remedy="publish the adapter, without --merge and --gguf")
 
-    return _write_once(merged, sha256(folder.output / ADAPTER), [], merge_into)
+    return _write_once(merged, sha256(folder.adapter), [], merge_into)
 
 
 def _write_once(folder: Path, source: str, names: Sequence[str], write: Callable[[Path], object]) -> Path:
@@ -172,13 +173,19 @@ def _export(result: RunResult, tools: "GgufTools") -> list[Path]:
     names = [pattern.format(ftype=name) for name in (*tools.types, "f16")]
 
     def export_into(part: Path) -> None:
-        words = ["export", "--model-dir", (folder.output / "merged").resolve(), "--llama-cpp-dir", tools.llama_cpp]
+        words = [
+            "export",
+            "--model-dir",
+            (folder.output / RunFile.MERGED).resolve(),
+            "--llama-cpp-dir",
+            tools.llama_cpp,
+        ]
         words += ["--outfile", part.resolve() / pattern, "--outtype", "f16", "--quantize", types]
         # the converter's package, which Python does not look for beside it: see start_child
         _convert(folder, result.run, words, part / names[0], {"PYTHONPATH": str(tools.llama_cpp)})
         write_atomically(part / SUMS, "".join(f"{sha256(part / name)}  {name}\n" for name in names))
 
-    gguf_folder = _write_once(folder.output / "gguf", f"{sha256(folder.output / ADAPTER)} {types}", names, export_into)
+    gguf_folder = _write_once(folder.output / RunFile.GGUF, f"{sha256(folder.adapter)} {types}", names, export_into)
     files = [gguf_folder / name for name in names]
     for file in files:
         say(f"{file}: {file.stat().st_size / 1e9:.2f} GB; its hash is in {SUMS}")
@@ -202,7 +209,7 @@ def _convert(run_dir: RunDir, record: Run, words: Sequence[object], output: Path
     command, *options = words
     name = str(command).partition("-")[0]
     axolotl = [launch.AXOLOTL, command, run_dir.config_file.resolve(), *options]
-    log = run_dir.path / f"{name}.log"
+    log = run_dir.path / RunFile.COMMAND_LOG.format(name)
     environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", **environment}
     if record.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

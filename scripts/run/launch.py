@@ -19,6 +19,7 @@ from ..base import paths
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, opened, reserved, where_full
 from ..base.processes import now, start_child, stop_requests
+from ..base.run_files import RunFile
 from ..base.terminal import TrainingProgress, say, say_once
 from ..base.yamlfiles import Config
 from ..config import merging
@@ -83,8 +84,7 @@ def train(run_dir: RunDir, record: Run, lock: int, checkpoint: Path | None = Non
     launch.ended = now()
     record.summary = summarise(run_dir.read_metrics())
     record.summary.ended = summarise(run_dir.read_metrics(since=written)).ended  # ignores earlier launches
-    adapter = run_dir.output / "adapter_model.safetensors"
-    record.adapter = FileState.of(adapter) if adapter.is_file() else None
+    record.adapter = FileState.of(run_dir.adapter) if run_dir.adapter.is_file() else None
     record.state = _state(launch.exit_code, stopped, record.summary.ended, record.adapter is not None)
     if record.state == "finished":
         run_dir.write(record)
@@ -185,7 +185,7 @@ def follow(run_dir: RunDir, node: Node) -> None:
         WorkFailed: the ranks failed without a request to stop.
     """
     record = run_dir.read()
-    log = run_dir.path / f"node-{node.rank}.log"
+    log = run_dir.path / RunFile.NODE_LOG.format(node.rank)
     command = _axolotl_command(run_dir, record, run_dir.last_checkpoint(), node)
     code, stopped = _launch(command, run_dir, record, log)
     if code and not stopped:
@@ -233,10 +233,10 @@ def _environment(run_dir: RunDir, record: Run) -> dict[str, str]:
     """
     path = run_dir.path.absolute()
     trackers = {
-        "TENSORBOARD_LOGGING_DIR": str(path / "tensorboard"),
+        "TENSORBOARD_LOGGING_DIR": str(path / RunFile.TENSORBOARD),
         "TRACKIO_DIR": str(RunDir(path).runs(record.recipe) / "trackio"),
         "WANDB_DIR": str(path),
-        "WANDB_DATA_DIR": str(path / "wandb"),
+        "WANDB_DATA_DIR": str(path / RunFile.WANDB),
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     added = {
@@ -324,7 +324,7 @@ def _full_disk(run_dir: RunDir, log: LaunchLog) -> str | None:
 def _failed(run_dir: RunDir, log: LaunchLog, code: int) -> WorkFailed:
     """Error for a failed launch, with the last lines of its log."""
     if log.out_of_gpu_memory:
-        changes = f"`recipe plan {run_dir.quoted}/config.yaml` shows what needs memory, and which changes help"
+        changes = f"`recipe plan {run_dir.quoted}/{RunFile.CONFIG}` shows what needs memory, and which changes help"
         problem = f"out of GPU memory: {changes}; `nvidia-smi` lists other processes on the GPU"
     elif log.lost_rank:
         problem = f"a rank was killed by signal 9 (SIGKILL); memory probably ran out: {_LESS_MEMORY}"

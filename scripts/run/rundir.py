@@ -19,6 +19,7 @@ from ..base import paths
 from ..base.errors import UserError, meant
 from ..base.files import Row, parse_json, read_bytes, write_atomically
 from ..base.processes import LOCK_TIMEOUT, held, is_held
+from ..base.run_files import RunFile
 from ..base.terminal import say, say_once
 from ..base.yamlfiles import Config, read_yaml
 from ..training.checkpoints import damage, step_of
@@ -29,16 +30,18 @@ PLUGIN = "qlora_recipes.plugin.RunPlugin"
 
 
 class RunDir:
-    """Folder of one run; docs/files.md describes the files."""
+    """Folder of one run; `RunFile` has the names of its files."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.config_file = path / "config.yaml"
-        self.metrics = path / "metrics.jsonl"
-        self.log = path / "train.log"
-        self.output = path / "output"
-        self._json = path / "run.json"
-        self._jobs = path / "jobs.json"  # separate, because a job can write run.json before its id is recorded
+        self.config_file = path / RunFile.CONFIG
+        self.metrics = path / RunFile.METRICS
+        self.log = path / RunFile.LOG
+        self.output = path / RunFile.OUTPUT
+        self.adapter = self.output / RunFile.ADAPTER
+        self._json = path / RunFile.RECORD
+        self._jobs = path / RunFile.JOBS
+        self._lock = path / RunFile.LOCK
 
     def runs(self, recipe: str) -> Path:
         """Folder of all runs, derived from this run's path and recipe."""
@@ -104,7 +107,7 @@ class RunDir:
 
     def _state(self, run: Run, job: JobState | None) -> State:
         """State of a run, from its recorded state, its lock and its job; see `read`."""
-        is_in_use = is_held(self.path / ".lock")
+        is_in_use = is_held(self._lock)
         if run.state == "running" and is_in_use:  # preparing rows also locks a queued run
             return "running"
         if job:
@@ -139,7 +142,7 @@ class RunDir:
 
     def add_job(self, job: Job) -> None:
         """Record a job."""
-        with held(self.path / ".jobs.lock", "another process is recording a job", LOCK_TIMEOUT):
+        with held(self.path / RunFile.JOBS_LOCK, "another process is recording a job", LOCK_TIMEOUT):
             write_atomically(self._jobs, _JOBS.dump_json([*self.jobs(), job], indent=2).decode() + "\n")
 
     def refuse_links(self) -> None:
@@ -162,7 +165,7 @@ class RunDir:
         """
         self.refuse_links()
         busy = f"the run is still running; `recipe cancel {self.quoted}` stops it at a checkpoint"
-        with held(self.path / ".lock", busy) as lock:
+        with held(self._lock, busy) as lock:
             yield lock
 
     def read_metrics(self, since: int = 0) -> list[Row]:
@@ -213,7 +216,7 @@ class RunDir:
         Raises:
             UserError: run.json is missing or damaged.
         """
-        by_step = {step_of(folder): folder for folder in self.output.glob("checkpoint-*")}
+        by_step = {step_of(folder): folder for folder in self.output.glob(RunFile.CHECKPOINT.format("*"))}
         for step in sorted((step for step in by_step if step is not None), reverse=True):
             problem = damage(by_step[step], self.read().ranks)
             if problem is None:
@@ -377,7 +380,7 @@ def all_runs(runs: Path) -> list[RunDir]:
 
 def is_run(folder: Path) -> bool:
     """True for a run folder."""
-    return (folder / "run.json").is_file()
+    return (folder / RunFile.RECORD).is_file()
 
 
 def run_names(runs: Path) -> dict[str, RunDir]:

@@ -14,6 +14,7 @@ from ..base.errors import UserError, WorkFailed, first_line
 from ..base.files import read_json, sha256, tensor_shapes, write_json
 from ..base.hub import importing_axolotl
 from ..base.paths import find_recipe
+from ..base.run_files import RunFile
 from ..base.terminal import say
 from ..config import datafiles, models, substitution
 from ..config.compose import MIRROR, Composed, Request
@@ -29,7 +30,6 @@ from ..run.rundir import RunDir, find_run
 from ..training.run_record import FileState, Run
 from .pipeline import Pipeline, evaluation_command, existing_runs
 
-CONFIG = "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
 PATTERNS = (ADAPTER, "*.json", "*.jinja", "*.model", "*.txt")
 """Files of an adapter and its tokenizer."""
@@ -125,8 +125,10 @@ def locate_adapter(adapter: str) -> tuple[Path, str]:
                 f"--adapter {adapter}: no local folder; fetching it from the hub failed: {first_line(error)}"
             ) from None
         name = f"{adapter}@{folder.name}"
-    if not read_json(folder / CONFIG) or tensor_shapes(folder / ADAPTER) is None:
-        raise UserError(f"{folder}: {CONFIG} or {ADAPTER} is missing or damaged; give a folder saved by PEFT")
+    if not read_json(folder / RunFile.ADAPTER_CONFIG) or tensor_shapes(folder / ADAPTER) is None:
+        raise UserError(
+            f"{folder}: {RunFile.ADAPTER_CONFIG} or {ADAPTER} is missing or damaged; give a folder saved by PEFT"
+        )
     return folder, name
 
 
@@ -155,7 +157,7 @@ def convert_to_peft(folder: Path, form: AdapterFormat) -> Path:
     converted = folder / "peft"
     converted.mkdir(exist_ok=True)
     save_file(weights, converted / ADAPTER)
-    write_json(converted / CONFIG, read_json(folder / CONFIG) | form.config)
+    write_json(converted / RunFile.ADAPTER_CONFIG, read_json(folder / RunFile.ADAPTER_CONFIG) | form.config)
     return converted
 
 
@@ -164,7 +166,7 @@ def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
 
     The base model is the recipe's model, an ungated copy of it, or a rehearsal's small model.
     """
-    trained_on = str(read_json(adapter / CONFIG).get("base_model_name_or_path"))
+    trained_on = str(read_json(adapter / RunFile.ADAPTER_CONFIG).get("base_model_name_or_path"))
     base_model = recipe_content(name).get("base_model")
     request = Request(name, rehearse=Path(trained_on).name == substitution.folder().name, force=[*force])
     if models.is_copy(trained_on, base_model):
@@ -221,7 +223,7 @@ def adapter_run(composed: Composed, request: Request, adapter: Path, name: str) 
                 Tokenizer(composed.config).tokenizer.save_pretrained(folder.output)
         record = folder.read()
         record.state, record.digest, record.published_adapter = "finished", digest, name
-        record.adapter = FileState.of(folder.output / ADAPTER)
+        record.adapter = FileState.of(folder.adapter)
         folder.write(record)
         yield folder
     except UserError:

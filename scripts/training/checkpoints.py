@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import read_json, reading, write_json
+from ..base.run_files import RunFile
 
-MANIFEST = "manifest.json"
 CHUNK = 1 << 22  # bytes
 
 
 def step_of(folder: Path) -> int | None:
     """Step of a checkpoint, from the folder's name; None for other folders."""
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    match = re.fullmatch(RunFile.CHECKPOINT.format(r"(\d+)"), folder.name)
     return int(match[1]) if match else None
 
 
@@ -26,9 +26,9 @@ def write_manifest(folder: Path) -> None:
     """
     files = {}
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and file.name != MANIFEST and file.suffix != ".part":
+        if file.is_file() and file.name != RunFile.MANIFEST and file.suffix != ".part":
             files[str(file.relative_to(folder))] = _crc32(file)
-    write_json(folder / MANIFEST, {"files": files})
+    write_json(folder / RunFile.MANIFEST, {"files": files})
 
 
 def damage(folder: Path, ranks: int) -> str | None:
@@ -45,8 +45,8 @@ def damage(folder: Path, ranks: int) -> str | None:
         return "trainer_state.json is missing or damaged"
     if missing := _missing(folder, ranks):
         return f"{missing} is missing"
-    listed = read_json(folder / MANIFEST).get("files")
-    return _difference(folder, listed) if listed else f"{MANIFEST} is missing"
+    listed = read_json(folder / RunFile.MANIFEST).get("files")
+    return _difference(folder, listed) if listed else f"{RunFile.MANIFEST} is missing"
 
 
 def _missing(folder: Path, ranks: int) -> str | None:
@@ -58,7 +58,7 @@ def _missing(folder: Path, ranks: int) -> str | None:
     `latest` last. FSDP writes `.metadata` last in each folder of shards.
     """
     needed = [
-        ("adapter_model.safetensors", "pytorch_model_fsdp_0/.metadata"),
+        (RunFile.ADAPTER, "pytorch_model_fsdp_0/.metadata"),
         ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata", "latest"),
         ("scheduler.pt", "latest"),
     ]

@@ -25,6 +25,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from ..base.files import Row, append_line
 from ..base.hardware import GIB
 from ..base.processes import LOCK_TIMEOUT, end_with_parent, held
+from ..base.run_files import RunFile
 from ..base.yamlfiles import Config
 from ..config import models
 from ..config.gpus import CPU_RANKS, PARALLELISM_KEYS, parallelism_of
@@ -137,7 +138,7 @@ class RunPlugin(BasePlugin):
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         """Callback that records metrics and stops training on request."""
-        file = Path(cfg.output_dir).parent / "metrics.jsonl"
+        file = Path(cfg.output_dir).with_name(RunFile.METRICS)
         learns_tokens = not (cfg.rl or cfg.reward_model or cfg.process_reward_model)
         vocabulary = trainer.model.config.get_text_config().vocab_size if learns_tokens else None
         return [RunCallback(file, trainer, self.parallelism, self.parameters, vocabulary)]
@@ -233,7 +234,7 @@ class RunCallback(TrainerCallback):
         """Write the manifest of a checkpoint that the trainer has saved."""
         gather(0, args.device)  # a barrier, because each rank writes its own files
         if state.is_world_process_zero:
-            write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+            write_manifest(Path(args.output_dir, RunFile.CHECKPOINT.format(state.global_step)))
         _note(args.output_dir, phase="training")
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -380,7 +381,7 @@ def gather(value: float, device: torch.device) -> list[float]:
 
 
 def _note(output: str, **record: Any) -> None:
-    _write(Path(output).with_name("metrics.jsonl"), record)
+    _write(Path(output).with_name(RunFile.METRICS), record)
 
 
 def _write(file: Path, record: Row) -> None:

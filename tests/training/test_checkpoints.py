@@ -6,6 +6,7 @@ import torch
 from run_folders import ADAPTER, a_checkpoint
 
 from qlora_recipes.base.files import read_json
+from qlora_recipes.base.run_files import RunFile
 from qlora_recipes.training import checkpoints
 from qlora_recipes.training.run_plugin import RunCallback
 
@@ -18,7 +19,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "gone"])
-@pytest.mark.parametrize("name", [ADAPTER, "optimizer.pt", "rng_state.pth", checkpoints.MANIFEST])
+@pytest.mark.parametrize("name", [ADAPTER, "optimizer.pt", "rng_state.pth", RunFile.MANIFEST])
 def test_a_damaged_file_is_named(tmp_path, name, damage):
     folder = a_checkpoint(tmp_path, 4)
     assert checkpoints.damage(folder, ranks=1) is None
@@ -31,12 +32,12 @@ def test_a_damaged_file_is_named(tmp_path, name, damage):
 
 def test_a_run_saves_manifests(tmp_path):
     folder = a_checkpoint(tmp_path / "output", 4)
-    (folder / checkpoints.MANIFEST).unlink()
+    (folder / RunFile.MANIFEST).unlink()
     state = SimpleNamespace(is_world_process_zero=True, global_step=4)
     RunCallback(tmp_path / "metrics.jsonl", None, None).on_save(
         SimpleNamespace(output_dir=str(folder.parent), device=torch.device("cpu")), state, None
     )
-    listed = read_json(folder / checkpoints.MANIFEST)["files"]
+    listed = read_json(folder / RunFile.MANIFEST)["files"]
     assert listed.keys() == {ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from ...base import tables, yamlfiles
 from ...base.errors import UserError
 from ...base.files import Row
+from ...base.run_files import RunFile
 from ...base.secrets import without_secrets
-from ...base.yamlfiles import on_one_line
+from ...base.yamlfiles import Config, on_one_line
 from ...config import merging
 from ...config.merging import Difference
 from ...evaluate import evaluation_rows, scores_file
@@ -83,9 +84,9 @@ class ReportedRun(RunResult):
     @property
     def records(self) -> dict[str, list[tuple[str, str | None]]]:
         """Keys and values in the run's files, except differences, which have a table."""
-        files = {"run.json": self.run.model_dump(exclude={"differences", "of_variant"})}
+        files: dict[str, Config] = {RunFile.RECORD: self.run.model_dump(exclude={"differences", "of_variant"})}
         if self.evaluation:
-            files["scores.json"] = self.evaluation.model_dump()
+            files[RunFile.SCORES] = self.evaluation.model_dump()
         records = {}
         for name, content in files.items():
             records[name] = [(key, on_one_line(value)) for key, value in merging.flatten(without_secrets(content))]

@@ -14,6 +14,7 @@ from ...base import hardware, yamlfiles
 from ...base.errors import UserError
 from ...base.files import opened
 from ...base.processes import start_child, stop_requests
+from ...base.run_files import RunFile
 from ...base.secrets import without_secrets
 from ...base.terminal import PART, say
 from ...config.finding import Finding
@@ -159,4 +160,4 @@ class Local(Backend):
 
     def _log(self, command: Command) -> Path | None:
         """Log file of a command; None if it writes to the terminal."""
-        return command.folder.path / f"{command.step}.log" if len(self.devices) > 1 else None
+        return command.folder.path / RunFile.COMMAND_LOG.format(command.step) if len(self.devices) > 1 else None

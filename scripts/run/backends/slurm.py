@@ -21,6 +21,7 @@ from ...base import paths
 from ...base.errors import UserError, WorkFailed, require_plain
 from ...base.files import write_atomically
 from ...base.paths import template_environment
+from ...base.run_files import RunFile
 from ...base.terminal import PART, say
 from ...config.gpus import Gpu, find_gpu
 from ...training.run_record import Job, JobState
@@ -258,6 +259,7 @@ class Batch:
         return jinja.get_template("slurm.sh.j2").render(
             title=self.title,
             step=step,
+            log=RunFile.JOB_LOG.format(step),
             options=self._options(step, count),
             setup=self.cluster.setup,
             cwd=Path.cwd(),
