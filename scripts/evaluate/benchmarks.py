@@ -21,7 +21,9 @@ from ..config import datafiles, keys
 from ..config.finding import TASK_CODE, Finding
 from ..metrics.metric import Benchmark, BenchmarkMetric, Column
 from ..metrics.registry import BenchmarkParameters
-from .scores_file import EvaluationSettings, Scores, sample_positions
+from .evaluation_rows import sample_positions
+from .scores_file import Scores
+from .settings import EvaluationSettings
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

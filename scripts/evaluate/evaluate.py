@@ -23,6 +23,7 @@ from ..run import trust
 from ..run.rundir import RunDir
 from ..training.run_record import FileState, Summary
 from . import benchmarks, evaluation_rows, scores_file
+from .changes import changed
 from .evaluation_rows import NO_ROWS, EvaluationRows, RowSource
 from .predict import part_file, predict
 from .score import (
@@ -37,23 +38,17 @@ from .score import (
 )
 from .scores_file import (
     ADAPTER,
-    BASE,
     NO_SCORES,
     PREDICTIONS,
-    REFERENCE,
     SCORES,
-    SERVER,
     VERSION,
-    VLLM,
     Evaluation,
-    EvaluationSettings,
     Scores,
-    ServedFile,
-    changed,
     read_predictions,
     read_scores,
     write,
 )
+from .settings import BASE, ORIGIN, REFERENCE, SERVER, VLLM, EvaluationSettings, ServedFile
 
 REHEARSED = 12  # maximum number of rows that a rehearsal evaluates
 # Config keys without a field in `EvaluationSettings` that affect the model or the tokens that end answers.
@@ -386,7 +381,7 @@ def _score_again(task: EvaluationTask, former: Evaluation, reason: str) -> Evalu
     _require(task)
     say(f"{task.where / PREDICTIONS}: complete, with the same settings; computing new scores: {reason}")
     former_rows = read_predictions(task.where)
-    engine = former.settings.model_dump(include={"batch_size", *scores_file.ORIGIN})
+    engine = former.settings.model_dump(include={"batch_size", *ORIGIN})
     settings = EvaluationSettings.model_validate(task.settings.model_dump() | engine)
     evaluation, rows = _scored(task, former_rows, settings, former)
     if former.version == VERSION and task.request.scorer != "none":

@@ -3,6 +3,7 @@
 import hashlib
 from contextlib import chdir
 from dataclasses import dataclass, replace
+from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
 
@@ -21,12 +22,26 @@ from ..data.manifest import is_the_studys
 from ..run.rundir import RunDir
 from ..training.row_types import Chat, row_type
 from ..training.run_record import Run
-from .scores_file import RowsState, sample_positions
+from .scores_file import RowsState
 
 # File in a run folder: rows that only Axolotl can load, each with its data set. The first evaluation writes it.
 WITHOUT_ANSWERS = ("rl", "reward_model", "process_reward_model", "pretraining_dataset")
 """Config keys of trainings whose rows have no answers."""
 _ELSEWHERE = "name a file of evaluation rows with --data"
+
+
+def sample_positions(total: int, limit: int | None) -> list[int]:
+    """Positions of the rows that a limit takes, ascending.
+
+    Their order is pseudo-random and fixed: a larger limit takes the rows of a smaller one, and further rows.
+    """
+    if limit is None:
+        return [*range(total)]
+    return sorted(nsmallest(limit, range(total), key=_rank))
+
+
+def _rank(position: int) -> bytes:
+    return hashlib.sha256(f"qlora-recipes {position}".encode()).digest()
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..base.errors import UserError, WorkFailed
 from ..base.terminal import Bar, say
-from .scores_file import Completion, Distance, Example, ServedFile, sampled, until_end
 from .server import RETRIES, Api, Listed, Server, TokenId, api_at, cause
+from .settings import Completion, Distance, Example, ServedFile, sampled, until_end
 
 if TYPE_CHECKING:
     import torch

@@ -20,17 +20,8 @@ from ..base.yamlfiles import Config
 from ..config import gpus
 from ..data.studies import Decoding
 from .evaluation_rows import EvaluationRows
-from .scores_file import (
-    REFERENCE,
-    SERVER,
-    VLLM,
-    Agreement,
-    Completion,
-    Engine,
-    EvaluationSettings,
-    Prediction,
-    sampled,
-)
+from .scores_file import Prediction
+from .settings import REFERENCE, SERVER, VLLM, Agreement, Completion, Engine, EvaluationSettings, sampled
 
 if TYPE_CHECKING:
     from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need

@@ -25,7 +25,7 @@ from ..training.tokens import (
     tokenize,
 )
 from .evaluation_rows import EvaluationRow
-from .scores_file import Completion, EvaluationSettings, Example
+from .settings import Completion, EvaluationSettings, Example
 
 
 class Prompter:

@@ -15,7 +15,7 @@ import openai
 from pydantic import AnyHttpUrl, BaseModel, FailFast, Field, ValidationError
 
 from ..base.errors import UserError, WorkFailed, did_you_mean
-from .scores_file import Completion, Engine
+from .settings import Completion, Engine
 
 if TYPE_CHECKING:
     from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need

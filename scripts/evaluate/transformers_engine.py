@@ -19,7 +19,8 @@ from ..base.files import digest, embedding_rows, tensor_shapes
 from ..base.processes import make_once
 from ..base.terminal import say
 from .prompter import Prompter
-from .scores_file import ADAPTER, Completion, Engine, until_end
+from .scores_file import ADAPTER
+from .settings import Completion, Engine, until_end
 
 disable_progress_bar()
 

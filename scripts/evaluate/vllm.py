@@ -19,7 +19,8 @@ from ..base.files import Row, embedding_rows, naming, opened, read_json
 from ..base.processes import start_child
 from ..base.run_files import RunFile
 from ..base.terminal import Bar
-from .scores_file import ADAPTER, EvaluationSettings
+from .scores_file import ADAPTER
+from .settings import EvaluationSettings
 
 if TYPE_CHECKING:
     from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need

@@ -14,8 +14,9 @@ from ..base.yamlfiles import Config
 from ..config import merging
 from ..data.published import Point
 from ..evaluate import intervals
+from ..evaluate.changes import changed, current
 from ..evaluate.score import columns_of, model_record, row_columns, with_scores
-from ..evaluate.scores_file import about_file, about_rows, changed, current, read_predictions, read_scores
+from ..evaluate.scores_file import about_file, about_rows, read_predictions, read_scores
 from ..metrics import registry
 from ..metrics.metric import Column, RowMetric, ScorerRecord
 from ..run.rundir import RunDir, find_run

@@ -18,7 +18,7 @@ from ..config import gpus
 from ..config.training_settings import TrainingSettings
 from ..data.studies import Study
 from ..evaluate.score import by_declared_model
-from ..evaluate.scores_file import REFERENCE
+from ..evaluate.settings import REFERENCE
 from ..run import backends
 from ..run.rundir import RunDir
 from ..study import published_predictions

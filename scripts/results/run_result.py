@@ -13,8 +13,10 @@ from ..data import manifest, studies
 from ..data.manifest import is_the_studys
 from ..data.published import GridPoint, Published, PublishedScore
 from ..data.studies import Study
+from ..evaluate.changes import Changed, changed, find_evaluation, served_evaluations
 from ..evaluate.score import by_declared_model, columns_of
-from ..evaluate.scores_file import BASE, Changed, Evaluation, changed, find_evaluation, read_scores, served_evaluations
+from ..evaluate.scores_file import Evaluation, read_scores
+from ..evaluate.settings import BASE
 from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord, is_of_trainer
 from ..run.rundir import RunDir
 from ..training.run_record import Run, Summary
@@ -71,7 +73,7 @@ class RunResult:
 
     @cached_property
     def changed(self) -> Changed | None:
-        """`stale` or `edited` if files changed since the last evaluation, else None; see `scores_file.changed`."""
+        """`stale` or `edited` if files changed since the last evaluation, else None; see `changes.changed`."""
         return changed(self.folder.path, self._last_evaluation, self.run)
 
     @property

@@ -23,7 +23,8 @@ from ..data.published import FORK_WEIGHTS, AdapterFormat
 from ..evaluate import evaluate, evaluation_rows
 from ..evaluate.evaluate import EvaluationRequest, EvaluationTask
 from ..evaluate.predict import require
-from ..evaluate.scores_file import ADAPTER, BASE, SERVER, Evaluation
+from ..evaluate.scores_file import ADAPTER, Evaluation
+from ..evaluate.settings import BASE, SERVER
 from ..run import backends, run
 from ..run.backends import Backend, Command, Task, TaskResult
 from ..run.rundir import RunDir, find_run

@@ -12,7 +12,8 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.evaluate import benchmarks, evaluate
 from qlora_recipes.evaluate.evaluate import EvaluationRequest
-from qlora_recipes.evaluate.scores_file import RowShares, Scores, sample_positions
+from qlora_recipes.evaluate.evaluation_rows import sample_positions
+from qlora_recipes.evaluate.scores_file import RowShares, Scores
 from qlora_recipes.metrics import registry
 from qlora_recipes.metrics.metric import ScoreRecord
 from qlora_recipes.metrics.registry import BenchmarkParameters

@@ -20,18 +20,10 @@ from qlora_recipes.data import studies
 from qlora_recipes.data.studies import Decoding
 from qlora_recipes.evaluate import evaluate, predict, transformers_engine
 from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
+from qlora_recipes.evaluate.evaluation_rows import sample_positions
 from qlora_recipes.evaluate.prompter import Prompter
-from qlora_recipes.evaluate.scores_file import (
-    ADAPTER,
-    VERSION,
-    Completion,
-    Evaluation,
-    EvaluationSettings,
-    RowShares,
-    read_predictions,
-    read_scores,
-    sample_positions,
-)
+from qlora_recipes.evaluate.scores_file import ADAPTER, VERSION, Evaluation, RowShares, read_predictions, read_scores
+from qlora_recipes.evaluate.settings import Completion, EvaluationSettings
 from qlora_recipes.evaluate.transformers_engine import Reference, base_model
 from qlora_recipes.metrics.metric import ScoreRecord, ScorerRecord
 from qlora_recipes.results import card, listing

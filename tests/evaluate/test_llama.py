@@ -14,7 +14,7 @@ from qlora_recipes.evaluate import llama as llamas
 from qlora_recipes.evaluate import server as servers
 from qlora_recipes.evaluate import transformers_engine
 from qlora_recipes.evaluate.llama import LlamaServer
-from qlora_recipes.evaluate.scores_file import Completion, Distance, Example, ServedFile
+from qlora_recipes.evaluate.settings import Completion, Distance, Example, ServedFile
 
 QUESTIONS = ["Hi there", "What now?", "Bye"]
 F16 = ServedFile(name="m-f16.gguf", quantization="F16", bits=16)

@@ -12,7 +12,8 @@ from qlora_recipes.data import studies
 from qlora_recipes.data.studies import Decoding
 from qlora_recipes.evaluate import evaluate, score
 from qlora_recipes.evaluate.evaluate import EvaluationRequest
-from qlora_recipes.evaluate.scores_file import Completion, Evaluation, read_predictions
+from qlora_recipes.evaluate.scores_file import Evaluation, read_predictions
+from qlora_recipes.evaluate.settings import Completion
 from qlora_recipes.metrics import registry
 from qlora_recipes.run.rundir import RunDir
 

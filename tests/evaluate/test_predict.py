@@ -10,9 +10,10 @@ import pytest
 from run_folders import other_evaluation
 
 from qlora_recipes.base.errors import UserError, WorkFailed
-from qlora_recipes.evaluate import predict, scores_file
+from qlora_recipes.evaluate import predict, settings
 from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask, evaluate
-from qlora_recipes.evaluate.scores_file import Agreement, Completion, Engine, EvaluationSettings, read_predictions
+from qlora_recipes.evaluate.scores_file import read_predictions
+from qlora_recipes.evaluate.settings import Agreement, Completion, Engine, EvaluationSettings
 from qlora_recipes.run.rundir import RunDir
 
 ROWS = 6
@@ -48,7 +49,7 @@ class Changed(Engine):
 
 @pytest.fixture(autouse=True)
 def three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores_file, "COMPARED", 3)
+    monkeypatch.setattr(settings, "COMPARED", 3)
     monkeypatch.setattr(predict, "require", lambda *_: None)
     monkeypatch.setattr("qlora_recipes.config.gpus.here", lambda: ["a GPU"])  # where a server is compared
 
@@ -62,7 +63,7 @@ def parts(run: RunDir) -> SimpleNamespace:
     task = EvaluationTask(run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS))
     prompter = Prompter(task.settings, task.cfg, run.output)
     examples = prompter.examples(task.rows.rows)
-    prompts = scores_file.sampled([example.prompt for example in examples])
+    prompts = settings.sampled([example.prompt for example in examples])
     expected = predict.answers_of_reference(prompter, prompts)
     return SimpleNamespace(prompter=prompter, prompts=prompts, expected=expected, reference=Reference(prompter))
 
@@ -77,7 +78,7 @@ def compared(parts: SimpleNamespace, engine: Changed) -> Any:
 
 
 def test_rows_at_even_distances_are_compared_and_equal_answers_agree(parts):
-    assert scores_file.sampled([[i] for i in range(ROWS)]) == [[0], [2], [4]]
+    assert settings.sampled([[i] for i in range(ROWS)]) == [[0], [2], [4]]
     assert compared(parts, Changed(parts.reference)) == Agreement(rows=3, equal=3)
 
 

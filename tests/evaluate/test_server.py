@@ -18,7 +18,9 @@ from qlora_recipes.data.studies import Decoding
 from qlora_recipes.evaluate import evaluate
 from qlora_recipes.evaluate import server as servers
 from qlora_recipes.evaluate.evaluate import EvaluationRequest
-from qlora_recipes.evaluate.scores_file import Completion, read_predictions, sample_positions
+from qlora_recipes.evaluate.evaluation_rows import sample_positions
+from qlora_recipes.evaluate.scores_file import read_predictions
+from qlora_recipes.evaluate.settings import Completion
 
 PROMPTS = [[5, 6, 7, 8], [5, 6], [9, 10, 11], [12, 13, 14, 15, 16]]
 

@@ -16,7 +16,8 @@ from run_folders import a_tiny_run, configure
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.evaluate import evaluate, vllm
 from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
-from qlora_recipes.evaluate.scores_file import SCORES, Evaluation, EvaluationSettings, read_predictions
+from qlora_recipes.evaluate.scores_file import SCORES, Evaluation, read_predictions
+from qlora_recipes.evaluate.settings import EvaluationSettings
 from qlora_recipes.run.rundir import RunDir
 
 FAKE_VLLM = f"""#!{sys.executable}

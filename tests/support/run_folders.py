@@ -16,7 +16,8 @@ from qlora_recipes.config.datafiles import training_sets
 from qlora_recipes.config.merging import Difference, Override
 from qlora_recipes.data import studies
 from qlora_recipes.evaluate.evaluation_rows import EvaluationRow
-from qlora_recipes.evaluate.scores_file import VERSION, Evaluation, EvaluationSettings, RowShares
+from qlora_recipes.evaluate.scores_file import VERSION, Evaluation, RowShares
+from qlora_recipes.evaluate.settings import EvaluationSettings
 from qlora_recipes.metrics import registry
 from qlora_recipes.metrics.metric import ScoreRecord, ScorerRecord
 from qlora_recipes.run import launch

@@ -17,8 +17,9 @@ from ...base.secrets import without_secrets
 from ...base.yamlfiles import Config, on_one_line
 from ...config import merging
 from ...config.merging import Difference
-from ...evaluate import evaluation_rows, scores_file
+from ...evaluate import evaluation_rows
 from ...evaluate.scores_file import TITLES, Evaluation, read_predictions
+from ...evaluate.settings import REFERENCE
 from ...metrics import registry
 from ...metrics.metric import Column, ScoreRecord
 from ...run import backends
@@ -189,7 +190,7 @@ def scored_on(reported: ReportedRun) -> str:
     assert reported.evaluation
     settings = reported.evaluation.settings
     rows = f"{settings.rows_in_words} of {reported.from_cwd(settings.data)}"
-    if settings.engine == scores_file.REFERENCE:
+    if settings.engine == REFERENCE:
         return rows
     return f"{rows}, predictions by {settings.engine}"
 
