@@ -92,8 +92,9 @@ def evaluate_command(
     from ..study import evaluation
 
     refuse_together({"--adapter": adapter, "--base": base})
-    request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, metric, decoding)
-    request.force, request.engine, request.model = force, engine, model
+    request = EvaluationRequest(
+        data, limit, adapter, max_new_tokens, batch_size, metric, decoding, engine=engine, model=model, force=force
+    )
     refuse_without("--served-model", model, "--engine URL", request.server)
     refuse_together({"--base": base, "--engine URL": request.server})
     if request.server:
@@ -116,7 +117,7 @@ def evaluate_command(
         scores[str(evaluated.settings.file)] = evaluated
     if isinstance(of_base, Evaluation):
         scores["base"] = of_base
-    title = listing.REHEARSALS if folder.read().rehearsal else None
+    title = listing.REHEARSALS if evaluated.rehearsal else None
     print_scores(scores, json, title)
     where, options = folder.quoted, datafiles.chat_options(folder.config)
     arguments = f"{where}/{RunFile.CONFIG} --lora-model-dir {where}/{RunFile.OUTPUT} {options}"

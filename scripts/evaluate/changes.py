@@ -30,7 +30,7 @@ def changed(folder: Path, evaluation: Evaluation | None, run: Run | None = None)
     adapter = output if output.is_dir() else Path(evaluation.settings.adapter)
     files = {"adapter": adapter / ADAPTER, "predictions": folder / PREDICTIONS}
     differing = [name for name, state in evaluation.files.items() if state.differs(files[name])]
-    if "adapter" in differing or any(state.changed for state in evaluation.data):
+    if "adapter" in differing or evaluation.has_other_rows:
         return "stale"
     return "edited" if differing else None
 

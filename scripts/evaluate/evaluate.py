@@ -1,30 +1,31 @@
 """Generate and score a run's predictions on test rows: `recipe evaluate`."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from ..base.errors import UserError
-from ..base.files import Row, sha256, tensor_shapes
+from ..base.files import Row, tensor_shapes
 from ..base.hub import importing_axolotl
 from ..base.processes import held, now
 from ..base.run_files import RunFile
 from ..base.terminal import Bar, say, say_once
+from ..base.yamlfiles import Config
 from ..config import substitution
 from ..config.numerics import precision, quantized
 from ..data import studies
 from ..data.studies import Decoding
 from ..metrics import registry
 from ..metrics.bertscore import is_recorded
-from ..metrics.metric import NO_LOSSES, BenchmarkMetric, LossMetric, ScoringInput
+from ..metrics.metric import NO_LOSSES, BenchmarkMetric, Column, LossMetric, ScoringInput
 from ..run import trust
 from ..run.rundir import RunDir
-from ..training.run_record import FileState, Summary
-from . import benchmarks, evaluation_rows, scores_file
+from ..training.run_record import FileState, Run, Summary
+from . import benchmarks, evaluation_rows
 from .changes import changed
-from .evaluation_rows import NO_ROWS, EvaluationRows, RowSource
+from .evaluation_rows import NO_ROWS, NO_SOURCE, EvaluationRows, RowSource, sample_positions
 from .predict import part_file, predict
 from .score import (
     ScorerModels,
@@ -44,11 +45,13 @@ from .scores_file import (
     VERSION,
     Evaluation,
     Scores,
+    finish_write,
+    notes,
     read_predictions,
     read_scores,
     write,
 )
-from .settings import BASE, ORIGIN, REFERENCE, SERVER, VLLM, EvaluationSettings, ServedFile
+from .settings import BASE, REFERENCE, SERVER, VLLM, EvaluationSettings, ServedFile
 
 REHEARSED = 12  # maximum number of rows that a rehearsal evaluates
 # Config keys without a field in `EvaluationSettings` that affect the model or the tokens that end answers.
@@ -121,320 +124,313 @@ class EvaluationRequest:
         return words
 
 
-class EvaluationTask:
+@dataclass(frozen=True)
+class EvaluationPlan:
     """Checked request for an evaluation.
 
-    Attributes:
-        run: evaluated run.
-        cfg: the run's config.
-        adapter: folder of the adapter; None for the base model alone.
-        all_rows: all rows of the data.
-        rows: evaluated rows; empty if no metric needs predictions.
-        settings: settings of the predictions.
-        columns: metrics by name.
-        most_rows: maximum number of rows, of the data and of each benchmark task.
-        where: folder for predictions and scores.
-        files: states of the files `adapter` and `data` before generation; an entry is absent if there is no such file.
+    `resolve` makes a plan without reading rows; `with_rows` then adds their number and hash.
 
-    Raises:
-        UserError: the request is invalid, or adapter, rows or answers are missing; see also `trust.refuse_code`.
+    Attributes:
+        run_dir: folder of the evaluated run.
+        run: record of the run.
+        request: the request.
+        summary: summary of the run's metrics.
+        adapter: state of the adapter's file before generation; None for the base model alone.
+        source: source of the rows.
+        without_rows: reason to score no rows; None with rows.
+        limit: maximum number of rows, of the data and of each benchmark task.
+        positions: positions of the evaluated rows in the data; empty if no metric needs predictions.
+        columns: metrics by name.
+        settings: settings of the predictions.
+        is_default: True if predictions and scores belong into the run folder itself.
     """
 
-    def __init__(self, run_dir: RunDir, request: EvaluationRequest):
-        self.folder = run_dir
-        self.request = request
-        self.run = run_dir.read()
-        if self.run.rehearsal:  # before anything imports torch
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        self.cfg = run_dir.config
-        trust.refuse_code(run_dir, self.run, request.force, request.adapter or str(run_dir.output.resolve()))
-        substitution.restore(self.cfg)
-        self.columns = columns_of(self.run.origin, request.metrics)
-        self.adapter = self._adapter()
-        self.files = {"adapter": FileState.of(self.adapter / ADAPTER)} if self.adapter else {}
-        default = evaluation_rows.default_source(self.run, self.cfg)
-        self.all_rows = self._read_rows(default)
-        self.most_rows = request.limit
-        if self.run.rehearsal and not request.limit:
-            self.most_rows = REHEARSED
-        self.rows = self.all_rows.sample(self.most_rows if self.predicts else 0)
-        self.settings = self._settings()
-        has_default_rows = default is None or self.all_rows.data in (default.data, NO_ROWS.data)
-        is_default = request.adapter is None and not request.decoding and not self.settings.file
-        if has_default_rows and is_default:
-            self.where = run_dir.path
-        else:
-            self.where = self.settings.folder(run_dir.path)
+    run_dir: RunDir
+    run: Run
+    request: EvaluationRequest
+    summary: Summary
+    adapter: FileState | None
+    source: RowSource
+    without_rows: str | None
+    limit: int | None
+    positions: list[int]
+    columns: dict[str, Column]
+    settings: EvaluationSettings
+    is_default: bool
 
-    @cached_property
-    def summary(self) -> Summary:
-        """Summary of the run's metrics."""
-        return self.folder.summary(self.run)
+    @property
+    def folder(self) -> Path:
+        """Folder for predictions and scores."""
+        if self.is_default:
+            return self.run_dir.path
+        return self.settings.folder(self.run_dir.path)
 
     @cached_property
     def models(self) -> ScorerModels:
         """Scorer models of the columns."""
         return scorer_models(self.columns, self.request.scorer, self.run.rehearsal)
 
-    @property
-    def predicts(self) -> bool:
-        """True if a metric needs predictions; eval loss and benchmarks need no rows."""
-        return any(not isinstance(column.metric, LossMetric | BenchmarkMetric) for column in self.columns.values())
-
-    def _adapter(self) -> Path | None:
-        """Folder of the adapter; None for the base model alone."""
-        output, state = self.folder.output, self.run.state
-        adapter = output if self.request.adapter is None else Path(self.request.adapter)
-        is_base = self.request.adapter == BASE
-        if not is_base and tensor_shapes(adapter / ADAPTER) is None:
-            raise UserError(
-                f"{adapter / ADAPTER}: damaged or missing; the run is {state}; resume it, or name a "
-                "checkpoint's folder with --adapter"
-            )
-        if not (output / "tokenizer_config.json").is_file():
-            raise UserError(f"{self.folder.path}: has no tokenizer; the run is {state}")
-        if is_base:
-            return None
-        trained = self.run.adapter
-        if self.request.adapter is None and trained and trained.sha256 != sha256(adapter / ADAPTER):
-            problem = f"{adapter}: differs from the adapter at the end of training"
-            raise UserError(f"{problem}; restore that adapter, or evaluate the current one with --adapter {adapter}")
-        return adapter
-
-    def _read_rows(self, default: RowSource | None) -> EvaluationRows:
-        """Rows of --data, or else of the default source.
-
-        `NO_ROWS` if the default rows have no answers; only metrics that need no predictions then remain.
-        """
-        source = default
-        if self.request.data:
-            source = evaluation_rows.source_of_file(self.request.data, self.cfg, Path(self.run.cwd))
-        try:
-            source = evaluation_rows.require_reference(self.folder, self.cfg, source)
-        except UserError as error:
-            self.columns = registry.requested(self.request.metrics) or self.columns  # default metrics need answers
-            if self.predicts or self.request.data:
-                raise
-            say(f"{error}; scoring without rows: {', '.join(self.columns)}")
-            return NO_ROWS
-        rows = evaluation_rows.read_source(source, self.folder, self.run, self.cfg)
-        self.columns = columns_of(self.run.origin, self.request.metrics, rows.references)
-        return rows
-
-    def _settings(self) -> EvaluationSettings:
-        """Settings for the predictions."""
-        request, run, cfg = self.request, self.run, self.cfg
-        adapter, adapter_sha256 = BASE, None
-        if self.adapter:
-            adapter, adapter_sha256 = str(self.adapter.resolve()), self.files["adapter"].sha256
-        local_model = Path(run.cwd, str(cfg["base_model"]))
-        base_model = str(local_model) if local_model.is_dir() else cfg["base_model"]
-        # resolves `bf16: auto` as in training; if a run recorded no list of GPUs, assume a GPU
-        on_gpu = not run.rehearsal and bool(run.provenance.get("gpus", True))
-        return EvaluationSettings(
-            base_model=base_model,
-            adapter=adapter,
-            adapter_sha256=adapter_sha256,
-            data=self.rows.data,
-            data_sha256=self.rows.sha256,
-            test_set=self.rows.test_set,
-            rows=len(self.rows.rows),
-            total_rows=len(self.all_rows.rows),
-            limit=self._recorded_limit(),
-            decoding=self._decoding(),
-            batch_size=request.batch_size,
-            quantized=quantized(cfg),
-            built_with={key: cfg[key] for key in BUILT_WITH if cfg.get(key)},
-            dtype=precision(cfg, on_gpu).weights,
-            engine=request.kind_of_engine,
-            model=request.model,
-            file=self._served_file(),
-        )
-
-    def _served_file(self) -> ServedFile | None:
-        """GGUF file that a llama.cpp server answers with; None for other engines, and if no server responds yet."""
-        if self.request.server is None:
-            return None
-        from .llama import served_file
-
-        return served_file(self.request.server, self.request.model)
-
-    def _recorded_limit(self) -> int | None:
-        """Limit, if it leaves out rows of the data, or may leave out rows of a benchmark; otherwise None."""
+    def with_rows(self, sha256: str, total: int, references: Sequence[str]) -> "EvaluationPlan":
+        """Plan with the hash, number and expected answers of the rows in the source."""
+        positions: list[int] = []
+        if _predicts(self.columns):
+            positions = sample_positions(total, self.limit)
+        settings = self.settings.model_copy()
+        settings.data_sha256, settings.total_rows = sha256, total
+        settings.rows = len(positions)
+        settings.test_set = evaluation_rows.test_set(self.source.file, sha256)
         has_benchmark = any(isinstance(column.metric, BenchmarkMetric) for column in self.columns.values())
-        if has_benchmark or len(self.rows.rows) < len(self.all_rows.rows):
-            return self.most_rows
-        return None
-
-    def _decoding(self) -> Decoding:
-        """Decoding of the study, with the requested maximum of new tokens."""
-        request = self.request
-        decoding = studies.decoding_of(studies.study_of(self.run.origin), request.decoding)
-        if request.engine != REFERENCE and decoding.num_beams > 1:
-            raise UserError(f"--engine: decoding uses {decoding.num_beams} beams; only --engine {REFERENCE} has beams")
-        most = decoding.max_new_tokens
-        # a rehearsal's model rarely ends an answer; results find those of another decoding by all of its settings
-        if self.run.rehearsal and not request.decoding:
-            most = min(most, studies.OF_NO_STUDY.max_new_tokens)
-        return decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or most})
+        if has_benchmark or len(positions) < total:
+            settings.limit = self.limit
+        columns = self.columns
+        if total:
+            columns = columns_of(self.run.origin, self.request.metrics, references)
+        return replace(self, positions=positions, columns=columns, settings=settings)
 
 
-def outdated(former: Evaluation, task: EvaluationTask) -> str | None:
-    """Reason to compute scores of existing predictions again, or None."""
-    if former.version != VERSION:
-        return "the scoring code has changed"
-    if former.settings.limit != task.settings.limit:  # of a benchmark that is no longer requested, for example
-        return "another --limit"
-    if former.settings.test_set != task.settings.test_set:
-        return "another test set"
-    for name, model in task.models.items():
-        record = model_record(task.columns[name], former.scores)
-        if record and model and not is_recorded(model, record):
-            return "another scorer model"
-        if record and task.request.scorer == "none":  # without the model on this machine, its scores still count
-            return "no scorer model"
-    for name, column in computable(task.columns, task.models).items():
-        if not column.same_scores(former.columns.get(name)):
-            return f"metric {name} is new or has changed"
-    if task.run.rehearsal:  # leaves out benchmarks whose rows are not on this machine
-        return None
-    valid = benchmarks.valid_benchmarks(task.columns, former, task.most_rows)
-    for name in benchmarks.missing_benchmarks(task.columns, valid):
-        return f"benchmark {name}: another limit, or a task in a file"
-    return None
-
-
-def is_complete(task: EvaluationTask) -> bool:
-    """True if the existing evaluation has all predictions and scores of a task."""
-    former = reusable_evaluation(task)
-    return former is not None and outdated(former, task) is None
-
-
-def reusable_evaluation(task: EvaluationTask) -> Evaluation | None:
-    """Existing evaluation, if it has all predictions of a task; None if they have to be generated.
-
-    Raises:
-        UserError: the predictions were edited.
-    """
-    former = read_scores(task.where)
-    if not former or former.settings.differing_keys(task.settings):
-        return None
-    if not former.settings.engine_stands_for(task.settings):
-        return None
-    if [row["row"] for row in read_predictions(task.where)] != task.rows.positions:
-        return None
-    if changed(task.where, former) == "edited":
-        raise UserError(
-            f"{task.where / PREDICTIONS}: edited since it was scored; restore it, or move it and {SCORES} away to "
-            "generate new predictions"
-        )
-    return former
-
-
-def evaluate(run_dir: RunDir, request: EvaluationRequest) -> Evaluation:
+def evaluate_run(run_dir: RunDir, request: EvaluationRequest) -> Evaluation:
     """Generate and score a prediction for each test row.
 
     A call continues an interrupted evaluation, and does not repeat a complete one.
 
     Raises:
-        UserError: see `RunDir.refuse_links`, `EvaluationTask`, `score.require_models`, `benchmarks.require`,
-            `_make_room` and `predict`.
+        UserError: see `RunDir.refuse_links`, `resolve`, `prepare`, `reusable_evaluation`, `_require`, `_make_room` and
+            `predict`.
         WorkFailed: the scorer model cannot be loaded, or memory does not suffice.
     """
     run_dir.refuse_links()
-    task = EvaluationTask(run_dir, request)
-    summary = task.summary  # of this moment, if the run is in training
-    if task.run.state != "finished":
-        say(f"{run_dir.path}: the run is {task.run.state} at step {summary.step} of {summary.max_steps}")
-    if task.run.recipe_note:
-        say_once(task.run.recipe_note)  # also with --base
-    task.where.mkdir(parents=True, exist_ok=True)
-    with held(task.where / RunFile.EVALUATION_LOCK, "another evaluation is running"):
-        part = part_file(task.where, task.settings)
-        scores_file.finish_write(task.where, part)
-        former = reusable_evaluation(task)
+    plan, rows = prepare(resolve(run_dir, request))
+    if plan.run.state != "finished":
+        say(f"{run_dir.path}: the run is {plan.run.state} at step {plan.summary.step} of {plan.summary.max_steps}")
+    if plan.run.recipe_note:
+        say_once(plan.run.recipe_note)  # also with --base
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with held(plan.folder / RunFile.EVALUATION_LOCK, "another evaluation is running"):
+        part = part_file(plan.folder, plan.settings)
+        finish_write(plan.folder, part)
+        former = reusable_evaluation(plan)
         if former is None:
-            return _generate_and_score(task, part)
-        reason = outdated(former, task)
-        if reason is None:
-            say(f"{task.where / PREDICTIONS}: complete and scored as requested; generated by {former.settings.engine}")
+            predictions, settings = _generate(plan, rows, part)
+        elif reason := outdated(former, plan):
+            predictions, settings = _reuse(plan, former, reason)
+        else:
+            say(f"{plan.folder / PREDICTIONS}: complete and scored as requested; generated by {former.settings.engine}")
             return former
-        return _score_again(task, former, reason)
-
-
-def _generate_and_score(task: EvaluationTask, part: Path) -> Evaluation:
-    """Generate the predictions that the file `part` lacks, score all, and write predictions and scores."""
-    _require(task)
-    _make_room(task)
-    rehearsal = task.run.rehearsal
-    with importing_axolotl(offline=rehearsal):
-        rows, settings = predict(
-            task.settings, task.rows, task.cfg, task.folder.output, part, task.request.server, rehearsal
-        )
-    evaluation, rows = _scored(task, rows, settings, NO_SCORES)
-    write(task.where, evaluation, rows, part)
+        evaluation, predictions = _score(plan, rows, predictions, settings, former)
+        # for existing predictions, the file `part` has predictions of more rows
+        write(plan.folder, evaluation, predictions, None if former else part)
     return evaluation
 
 
-def _score_again(task: EvaluationTask, former: Evaluation, reason: str) -> Evaluation:
-    """Score existing predictions again, and write predictions and scores."""
-    _require(task)
-    say(f"{task.where / PREDICTIONS}: complete, with the same settings; computing new scores: {reason}")
-    former_rows = read_predictions(task.where)
-    engine = former.settings.model_dump(include={"batch_size", *ORIGIN})
-    settings = EvaluationSettings.model_validate(task.settings.model_dump() | engine)
-    evaluation, rows = _scored(task, former_rows, settings, former)
-    if former.version == VERSION and task.request.scorer != "none":
-        keep_scorer_scores(evaluation, rows, former, former_rows)
-    write(task.where, evaluation, rows, None)  # the file `part` has predictions of more rows
-    return evaluation
+def resolve(run_dir: RunDir, request: EvaluationRequest) -> EvaluationPlan:
+    """Plan of a requested evaluation; reads no rows, and writes nothing.
 
-
-def _require(task: EvaluationTask) -> None:
-    """Check scorer models and benchmark tasks before hours of generation."""
-    require_models(task.models.values())
-    benchmarks.require(task.columns, task.run.rehearsal, task.request.force)
-
-
-def _scored(
-    task: EvaluationTask,
-    predictions: Sequence[Row],
-    settings: EvaluationSettings,
-    former: Scores,
-) -> tuple[Evaluation, list[Row]]:
-    """Evaluation with the scores of predictions, and the predictions with their row scores.
-
-    Args:
-        former: earlier scores of the same predictions, whose columns and valid benchmarks are kept.
+    Raises:
+        UserError: the request is invalid, or adapter or answers are missing; see also `trust.refuse_code`.
     """
-    request, run = task.request, task.run
-    columns = former.columns | task.columns
-    results = benchmarks.valid_benchmarks(task.columns, former, task.most_rows)
-    if missing := benchmarks.missing_benchmarks(columns, results):
-        options = benchmarks.MeasurementOptions(task.most_rows, run.rehearsal, request.force)
-        results |= benchmarks.measure(missing, settings, task.cfg, task.folder.output, options)
-    with Bar("scoring", 1):
-        losses = NO_LOSSES
-        if request.adapter is None:  # the run's eval losses do not describe another adapter
-            losses = task.summary.eval_losses
-        inputs = ScoringInput(losses=losses, benchmarks=results, groups=task.all_rows.groups)
-        scores, rows = score(predictions, columns, task.models, inputs)
-    evaluation = Evaluation(
-        created=now(),
-        rehearsal=run.rehearsal,
-        scores=scores.scores,
-        shares=scores.shares,
-        version=VERSION,
-        settings=settings,
-        files=task.files,
-        data=task.all_rows.files,
-        also_trained=evaluation_rows.trained_positions(task.rows, run, task.cfg),
+    run, cfg = run_dir.read(), run_dir.config
+    trust.refuse_code(run_dir, run, request.force, request.adapter or str(run_dir.output.resolve()))
+    columns = columns_of(run.origin, request.metrics)
+    adapter, adapter_state = _adapter(run_dir, run, request.adapter)
+    source = default = evaluation_rows.default_source(run, cfg)
+    if request.data:
+        source = evaluation_rows.source_of_file(request.data, cfg, Path(run.cwd))
+    without_rows = None
+    try:
+        source = evaluation_rows.require_reference(run_dir, cfg, source)
+    except UserError as error:
+        columns = registry.requested(request.metrics) or columns  # default metrics need answers
+        if request.data or _predicts(columns):
+            raise
+        source, without_rows = NO_SOURCE, str(error)
+    limit = request.limit
+    if run.rehearsal and not limit:
+        limit = REHEARSED
+    settings = EvaluationSettings(
+        base_model=_base_model(run, cfg),
+        adapter=adapter,
+        adapter_sha256=adapter_state.sha256 if adapter_state else None,
+        data=source.data,
+        data_sha256=NO_ROWS.sha256,
+        rows=0,
+        total_rows=0,
+        decoding=_decoding(run, request),
+        batch_size=request.batch_size,
+        quantized=quantized(cfg),
+        built_with={key: cfg[key] for key in BUILT_WITH if cfg.get(key)},
+        dtype=_dtype(run, cfg),
+        engine=request.kind_of_engine,
+        model=request.model,
+        file=_served_file(request),
     )
-    evaluation.notes = scores_file.notes(evaluation, rows) + scores.notes
-    return evaluation, rows
+    has_default_rows = default is None or source.data in (default.data, NO_SOURCE.data)
+    return EvaluationPlan(
+        run_dir=run_dir,
+        run=run,
+        request=request,
+        summary=run_dir.summary(run),
+        adapter=adapter_state,
+        source=source,
+        without_rows=without_rows,
+        limit=limit,
+        positions=[],
+        columns=columns,
+        settings=settings,
+        is_default=has_default_rows and request.adapter is None and not (request.decoding or settings.file),
+    )
 
 
-def _make_room(task: EvaluationTask) -> None:
+def _predicts(columns: Mapping[str, Column]) -> bool:
+    """True if a metric needs predictions; eval loss and benchmarks need no rows."""
+    return any(not isinstance(column.metric, LossMetric | BenchmarkMetric) for column in columns.values())
+
+
+def _adapter(run_dir: RunDir, run: Run, requested: str | None) -> tuple[str, FileState | None]:
+    """Folder of the adapter, and the state of its file; `BASE` and None for the base model alone."""
+    output = run_dir.output
+    adapter = output if requested is None else Path(requested)
+    file = adapter / ADAPTER
+    if requested != BASE and tensor_shapes(file) is None:
+        raise UserError(
+            f"{file}: damaged or missing; the run is {run.state}; resume it, or name a checkpoint's folder with "
+            "--adapter"
+        )
+    if not (output / "tokenizer_config.json").is_file():
+        raise UserError(f"{run_dir.path}: has no tokenizer; the run is {run.state}")
+    if requested == BASE:
+        return BASE, None
+    state = FileState.of(file)
+    if requested is None and run.adapter and run.adapter.sha256 != state.sha256:
+        problem = f"{adapter}: differs from the adapter at the end of training"
+        raise UserError(f"{problem}; restore that adapter, or evaluate the current one with --adapter {adapter}")
+    return str(adapter.resolve()), state
+
+
+def _base_model(run: Run, cfg: Config) -> str:
+    """Base model; a local folder by its path."""
+    folder = Path(run.cwd, str(cfg["base_model"]))
+    if folder.is_dir():
+        return str(folder)
+    return str(cfg["base_model"])
+
+
+def _dtype(run: Run, cfg: Config) -> str:
+    """Data type of the weights in training; a run that recorded no list of GPUs had a GPU."""
+    on_gpu = not run.rehearsal and bool(run.provenance.get("gpus", True))
+    return precision(cfg, on_gpu).weights
+
+
+def _served_file(request: EvaluationRequest) -> ServedFile | None:
+    """GGUF file that a llama.cpp server answers with; None for other engines, and if no server responds yet."""
+    if request.server is None:
+        return None
+    from .llama import served_file
+
+    return served_file(request.server, request.model)
+
+
+def _decoding(run: Run, request: EvaluationRequest) -> Decoding:
+    """Decoding of the study, with the requested maximum of new tokens."""
+    decoding = studies.decoding_of(studies.study_of(run.origin), request.decoding)
+    if request.engine != REFERENCE and decoding.num_beams > 1:
+        raise UserError(f"--engine: decoding uses {decoding.num_beams} beams; only --engine {REFERENCE} has beams")
+    most = decoding.max_new_tokens
+    # a rehearsal's model rarely ends an answer; results find those of another decoding by all of its settings
+    if run.rehearsal and not request.decoding:
+        most = min(most, studies.OF_NO_STUDY.max_new_tokens)
+    return decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or most})
+
+
+def prepare(plan: EvaluationPlan) -> tuple[EvaluationPlan, EvaluationRows]:
+    """Restore the small model of a rehearsal, and read the rows.
+
+    Returns:
+        The plan with its rows, and all rows of the data.
+
+    Raises:
+        UserError: see `evaluation_rows.read_source`.
+    """
+    if plan.run.rehearsal:  # before anything imports torch
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    cfg = plan.run_dir.config
+    substitution.restore(cfg)
+    rows = NO_ROWS
+    if plan.without_rows:
+        say(f"{plan.without_rows}; scoring without rows: {', '.join(plan.columns)}")
+    else:
+        rows = evaluation_rows.read_source(plan.source, plan.run_dir, plan.run, cfg)
+    return plan.with_rows(rows.sha256, len(rows.rows), rows.references), rows
+
+
+def reusable_evaluation(plan: EvaluationPlan) -> Evaluation | None:
+    """Existing evaluation, if it has all predictions of a plan; None if they have to be generated.
+
+    Raises:
+        UserError: the predictions were edited.
+    """
+    former = read_scores(plan.folder)
+    if not former or former.settings.differing_keys(plan.settings):
+        return None
+    if not former.settings.engine_stands_for(plan.settings):
+        return None
+    if [row["row"] for row in read_predictions(plan.folder)] != plan.positions:
+        return None
+    if changed(plan.folder, former) == "edited":
+        raise UserError(
+            f"{plan.folder / PREDICTIONS}: edited since it was scored; restore it, or move it and {SCORES} away to "
+            "generate new predictions"
+        )
+    return former
+
+
+def outdated(former: Evaluation, plan: EvaluationPlan) -> str | None:
+    """Reason to compute scores of existing predictions again, or None."""
+    if former.version != VERSION:
+        return "the scoring code has changed"
+    if former.settings.limit != plan.settings.limit:  # of a benchmark that is no longer requested, for example
+        return "another --limit"
+    if former.settings.test_set != plan.settings.test_set:
+        return "another test set"
+    for name, model in plan.models.items():
+        record = model_record(plan.columns[name], former.scores)
+        if record and model and not is_recorded(model, record):
+            return "another scorer model"
+        if record and plan.request.scorer == "none":  # without the model on this machine, its scores still count
+            return "no scorer model"
+    for name, column in computable(plan.columns, plan.models).items():
+        if not column.same_scores(former.columns.get(name)):
+            return f"metric {name} is new or has changed"
+    if plan.run.rehearsal:  # leaves out benchmarks whose rows are not on this machine
+        return None
+    valid = benchmarks.valid_benchmarks(plan.columns, former, plan.limit)
+    for name in benchmarks.missing_benchmarks(plan.columns, valid):
+        return f"benchmark {name}: another limit, or a task in a file"
+    return None
+
+
+def _generate(plan: EvaluationPlan, rows: EvaluationRows, part: Path) -> tuple[list[Row], EvaluationSettings]:
+    """Generate the predictions that the file `part` lacks; return all, with their settings."""
+    _require(plan)
+    _make_room(plan)
+    with importing_axolotl(offline=plan.run.rehearsal):
+        return predict(
+            plan.settings,
+            rows.at(plan.positions),
+            plan.run_dir.config,
+            plan.run_dir.output,
+            part,
+            plan.request.server,
+            plan.run.rehearsal,
+        )
+
+
+def _require(plan: EvaluationPlan) -> None:
+    """Check scorer models and benchmark tasks before hours of generation."""
+    require_models(plan.models.values())
+    benchmarks.require(plan.columns, plan.run.rehearsal, plan.request.force)
+
+
+def _make_room(plan: EvaluationPlan) -> None:
     """Make room for new predictions without losing old ones.
 
     Stale predictions may be replaced, and a larger --limit continues those of a smaller one. Predictions with other
@@ -443,18 +439,18 @@ def _make_room(task: EvaluationTask) -> None:
     Raises:
         UserError: existing predictions have more rows or another engine; the user has to move them.
     """
-    evaluation, settings = read_scores(task.where), task.settings
+    evaluation, settings = read_scores(plan.folder), plan.settings
     if evaluation is None or evaluation.settings.rows == 0:
         return
-    if changed(task.where, evaluation) == "stale":
+    if changed(plan.folder, evaluation) == "stale":
         return
     former = evaluation.settings
     differing = former.differing_keys(settings)
     if differing:
-        _move_away(task.where, former, differing)
+        _move_away(plan.folder, former, differing)
     elif former.rows > settings.rows or not former.engine_stands_for(settings):
         raise UserError(
-            f"{task.where / SCORES}: has scores of {former.rows_in_words}, generated by {former.engine}; move it and "
+            f"{plan.folder / SCORES}: has scores of {former.rows_in_words}, generated by {former.engine}; move it and "
             f"{PREDICTIONS} away to evaluate {settings.rows:,} rows with {settings.engine}"
         )
 
@@ -473,3 +469,68 @@ def _move_away(folder: Path, settings: EvaluationSettings, differing: list[str])
         if file.is_file():
             file.replace(target / file.name)
     say(f"{folder / SCORES}: has another {', '.join(differing)}; moved to {target}")
+
+
+def _reuse(plan: EvaluationPlan, former: Evaluation, reason: str) -> tuple[list[Row], EvaluationSettings]:
+    """Existing predictions of a plan, with its settings and their engine."""
+    _require(plan)
+    say(f"{plan.folder / PREDICTIONS}: complete, with the same settings; computing new scores: {reason}")
+    return read_predictions(plan.folder), plan.settings.with_engine_of(former.settings)
+
+
+def _score(
+    plan: EvaluationPlan,
+    rows: EvaluationRows,
+    predictions: list[Row],
+    settings: EvaluationSettings,
+    former: Evaluation | None,
+) -> tuple[Evaluation, list[Row]]:
+    """Evaluation with the scores of predictions, and the predictions with their row scores.
+
+    Args:
+        former: earlier evaluation of the same predictions, whose columns and valid benchmarks are kept.
+    """
+    request, run, cfg = plan.request, plan.run, plan.run_dir.config
+    earlier: Scores = former or NO_SCORES
+    columns = earlier.columns | plan.columns
+    results = benchmarks.valid_benchmarks(plan.columns, earlier, plan.limit)
+    if missing := benchmarks.missing_benchmarks(columns, results):
+        options = benchmarks.MeasurementOptions(plan.limit, run.rehearsal, request.force)
+        results |= benchmarks.measure(missing, settings, cfg, plan.run_dir.output, options)
+    with Bar("scoring", 1):
+        losses = NO_LOSSES
+        if request.adapter is None:  # the run's eval losses do not describe another adapter
+            losses = plan.summary.eval_losses
+        inputs = ScoringInput(losses=losses, benchmarks=results, groups=rows.groups)
+        scores, scored = score(predictions, columns, plan.models, inputs)
+    evaluation = Evaluation(
+        created=now(),
+        rehearsal=run.rehearsal,
+        scores=scores.scores,
+        shares=scores.shares,
+        version=VERSION,
+        settings=settings,
+        files={"adapter": plan.adapter} if plan.adapter else {},
+        data=rows.files,
+        also_trained=evaluation_rows.trained_positions(rows.at(plan.positions), run, cfg),
+    )
+    evaluation.notes = notes(evaluation, scored) + scores.notes
+    if former and former.version == VERSION and request.scorer != "none":
+        keep_scorer_scores(evaluation, scored, former, predictions)
+    return evaluation, scored
+
+
+def is_complete(plan: EvaluationPlan) -> bool:
+    """True if an existing evaluation has all predictions and scores of a plan; reads no rows.
+
+    The rows are those of an earlier evaluation whose files have not changed since.
+    """
+    run = plan.run_dir.path
+    for folder in (run, *run.glob("evaluations/*")):
+        earlier = read_scores(folder)
+        if earlier and earlier.settings.data == plan.source.data and not earlier.has_other_rows:
+            references = [row["reference"] for row in read_predictions(folder)]
+            plan = plan.with_rows(earlier.settings.data_sha256, earlier.settings.total_rows, references)
+            former = reusable_evaluation(plan)
+            return former is not None and outdated(former, plan) is None
+    return False

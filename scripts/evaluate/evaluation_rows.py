@@ -1,6 +1,7 @@
 """Find and read the evaluation rows of a run."""
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass, replace
 from heapq import nsmallest
@@ -83,19 +84,11 @@ class EvaluationRows:
     Attributes:
         sha256: hash of all rows of the source.
         files: states of the files with the rows.
-        test_set: name of the study's test set with these rows; None for other rows.
     """
 
-    data: str
     sha256: str
     rows: list[EvaluationRow]
     files: list[RowsState]
-    test_set: str | None = None
-
-    @property
-    def positions(self) -> list[int]:
-        """Position of each row in the source."""
-        return [row.position for row in self.rows]
 
     @property
     def groups(self) -> set[str]:
@@ -107,13 +100,14 @@ class EvaluationRows:
         """Expected answer of each row; empty if the row's type has no field for it."""
         return [row_type(row.dataset.entry).answer_of(row.content) for row in self.rows]
 
-    def sample(self, limit: int | None) -> "EvaluationRows":
-        """Rows that a limit takes, see `sample_positions`."""
-        return replace(self, rows=[self.rows[i] for i in sample_positions(len(self.rows), limit)])
+    def at(self, positions: Sequence[int]) -> "EvaluationRows":
+        """Rows at some positions of the source."""
+        return replace(self, rows=[self.rows[position] for position in positions])
 
 
 # for runs without rows that have answers
-NO_ROWS = EvaluationRows("no rows", hashlib.sha256().hexdigest(), [], [])
+NO_SOURCE = RowSource("no rows", [])
+NO_ROWS = EvaluationRows(hashlib.sha256().hexdigest(), [], [])
 
 
 def source_of_file(file: Path, cfg: Config, folder: Path) -> RowSource:
@@ -181,8 +175,10 @@ def test_entry(file: Path) -> Row:
     return manifest.entries(file.parent).get("test", {})
 
 
-def test_set(file: Path, digest: str) -> str | None:
+def test_set(file: Path | None, digest: str) -> str | None:
     """Name of the study's test set that is identical to a file by hash, or None."""
+    if file is None:
+        return None
     test = test_entry(file)
     return _set_of(test, digest) if is_the_studys(test) else None
 
@@ -233,7 +229,6 @@ def read_source(source: RowSource, run_dir: RunDir, run: Run, cfg: Config, loads
     Raises:
         UserError: the rows cannot be read, or there are no rows.
     """
-    name = None
     if source.file:
         kind = row_type(source.datasets[0].entry)
         fields = (kind.reference,) if kind.reference else ()
@@ -246,14 +241,13 @@ def read_source(source: RowSource, run_dir: RunDir, run: Run, cfg: Config, loads
         pairs = [(source.datasets[0], row) for row in contents]
         states = [RowsState.of_rows(source.file, None)]
         sha256_of_rows = states[0].sha256
-        name = test_set(source.file, sha256_of_rows)
     else:
         pairs, states = _read_datasets(source, run_dir, run, cfg, loads)
         sha256_of_rows = digest([(dataset.key, row) for dataset, row in pairs])
     if not pairs:
         raise UserError(f"{source.data}: no rows; {_ELSEWHERE}")
     rows = [EvaluationRow(position, dataset, row) for position, (dataset, row) in enumerate(pairs)]
-    return EvaluationRows(source.data, sha256_of_rows, rows, states, name)
+    return EvaluationRows(sha256_of_rows, rows, states)
 
 
 def _read_datasets(

@@ -125,7 +125,7 @@ def predict(
     """
     on_gpu = not rehearsal and bool(gpus.here())
     require(settings, server, on_gpu)
-    done, settings = read_part(part, settings, test.positions)
+    done, settings = read_part(part, settings, [row.position for row in test.rows])
     if len(done) < len(test.rows):
         with Bar("tokenizing the prompts"):
             from .prompter import Prompter
@@ -136,11 +136,12 @@ def predict(
         compares = _is_compared(settings, on_gpu or rehearsal)
         expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
         with start_engine(prompter, prompts, server, part) as engine:
-            changes: dict[str, object] = {"batch_tokens": engine.settings.batch_tokens}
-            changes["distance"] = engine.check(examples, on_gpu or rehearsal)
+            settings = settings.model_copy()
+            settings.batch_tokens = engine.settings.batch_tokens
+            settings.distance = engine.check(examples, on_gpu or rehearsal)
             if compares:
-                changes["agreement"] = compare_answers(expected, engine, sampled(prompts))
-            engine.settings = settings = settings.model_copy(update=changes)
+                settings.agreement = compare_answers(expected, engine, sampled(prompts))
+            engine.settings = settings
             rows = []
             for row, example in zip(test.rows, examples, strict=True):
                 rows.append(as_row(row.position, row.content, example.reference))

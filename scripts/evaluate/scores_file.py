@@ -164,6 +164,11 @@ class Evaluation(Scores):
     data: list[RowsState]
     also_trained: list[int] | None = None
 
+    @property
+    def has_other_rows(self) -> bool:
+        """True if the files with the rows have other rows now."""
+        return any(state.changed for state in self.data)
+
 
 class Prediction(BaseModel, strict=True, extra="allow"):
     """Schema of a row in predictions.jsonl; fields that are not listed here are scores."""

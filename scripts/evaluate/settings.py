@@ -17,7 +17,7 @@ REFERENCE, VLLM, SERVER = "transformers", "vllm", "server"
 COMPARED = 32  # number of rows in which an engine or a file is compared with the trained model
 # Settings that describe the choice of rows, and the engine.
 _SELECTION = ("data", "rows", "total_rows", "limit")
-ORIGIN = ("batch_tokens", "engine", "model", "agreement", "distance")
+_ORIGIN = ("batch_tokens", "engine", "model", "agreement", "distance")
 
 
 class Agreement(BaseModel):
@@ -169,12 +169,16 @@ class EvaluationSettings(BaseModel):
             return False
         return 2 * self.agreement.equal >= self.agreement.rows
 
+    def with_engine_of(self, other: "EvaluationSettings") -> "EvaluationSettings":
+        """These settings with the engine and batches of others."""
+        return self.model_copy(update={key: getattr(other, key) for key in ("batch_size", *_ORIGIN)})
+
     def identity(self) -> Row:
         """Settings that determine a prediction, except the engine.
 
         Batches and engines change predictions only by rounding, see `engine_stands_for`.
         """
-        return self.model_dump(exclude={"adapter", "test_set", "batch_size", *_SELECTION, *ORIGIN})
+        return self.model_dump(exclude={"adapter", "test_set", "batch_size", *_SELECTION, *_ORIGIN})
 
     def differing_keys(self, other: "EvaluationSettings") -> list[str]:
         """Keys of `identity` that have another value in other settings."""

@@ -20,8 +20,8 @@ from ..config import datafiles, models, substitution
 from ..config.compose import MIRROR, Composed, Request
 from ..config.merging import Override, recipe_content
 from ..data.published import FORK_WEIGHTS, AdapterFormat
-from ..evaluate import evaluate, evaluation_rows
-from ..evaluate.evaluate import EvaluationRequest, EvaluationTask
+from ..evaluate import evaluation_rows
+from ..evaluate.evaluate import EvaluationRequest, evaluate_run, prepare, resolve
 from ..evaluate.predict import require
 from ..evaluate.scores_file import ADAPTER, Evaluation
 from ..evaluate.settings import BASE, SERVER
@@ -69,8 +69,8 @@ def start(run_dir: RunDir, request: EvaluationRequest, backend: Backend) -> Eval
         The run folder if the evaluation is queued; otherwise the evaluation.
 
     Raises:
-        UserError: the evaluation is already queued, or `EvaluationTask` or the backend refuses it. Nothing was started.
-        WorkFailed: see `evaluate.evaluate`.
+        UserError: the evaluation is already queued, or `resolve` or the backend refuses it. Nothing was started.
+        WorkFailed: see `evaluate_run`.
     """
     record = run_dir.read()
     result = TaskResult(record.recipe)
@@ -86,7 +86,7 @@ def start(run_dir: RunDir, request: EvaluationRequest, backend: Backend) -> Eval
         return [evaluation]
 
     task = Task(result, commands_of_job, run_dir.config, gpus, steps=["evaluate"])
-    return backend.carry_out(task, partial(evaluate.evaluate, run_dir, request))
+    return backend.carry_out(task, partial(evaluate_run, run_dir, request))
 
 
 def _check_before_queueing(run_dir: RunDir, record: Run, request: EvaluationRequest, waits: bool) -> None:
@@ -96,9 +96,9 @@ def _check_before_queueing(run_dir: RunDir, record: Run, request: EvaluationRequ
         UserError: see `start`.
     """
     if not waits:
-        task = EvaluationTask(run_dir, request)
-        if task.settings.engine != SERVER:  # perhaps only the cluster's nodes can reach the server
-            require(task.settings, None, on_gpu=not record.rehearsal)
+        plan, _ = prepare(resolve(run_dir, request))
+        if plan.settings.engine != SERVER:  # perhaps only the cluster's nodes can reach the server
+            require(plan.settings, None, on_gpu=not record.rehearsal)
     elif request.data:
         source = evaluation_rows.source_of_file(request.data, run_dir.config, Path(record.cwd))
         evaluation_rows.read_source(source, run_dir, record, run_dir.config)

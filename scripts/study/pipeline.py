@@ -16,8 +16,8 @@ from ..config.finding import Finding, unknown_force
 from ..config.gpus import Gpu
 from ..config.merging import recipe_content
 from ..config.training_settings import TrainingSettings
-from ..evaluate import benchmarks, evaluate
-from ..evaluate.evaluate import EvaluationRequest, EvaluationTask
+from ..evaluate import benchmarks
+from ..evaluate.evaluate import EvaluationRequest, is_complete, resolve
 from ..evaluate.score import columns_of, require_models, scorer_models
 from ..metrics.metric import Column, LossMetric
 from ..plan import plan, step_plan
@@ -340,13 +340,13 @@ class Pipeline:
         SKIPPED if the evaluation is complete or not needed; otherwise the state of its job.
 
         Raises:
-            UserError: see `EvaluationTask`.
+            UserError: see `evaluate.resolve` and `reusable_evaluation`.
         """
         assert self.existing
         if not self._generates():
             return SKIPPED
         folder = self.existing[0]
-        if self.state == "finished" and evaluate.is_complete(EvaluationTask(folder, self.evaluation)):
+        if self.state == "finished" and is_complete(resolve(folder, self.evaluation)):
             return SKIPPED
         job = backends.job_state(folder, "evaluate", self._evaluation_command(folder).words)
         return str(job) if job and job.kind != "unknown" else None

@@ -23,8 +23,7 @@ from ..data.declaration import Data, PreparedFormat
 from ..data.published import Baseline, adapter_files
 from ..data.raw_rows import fetched_files
 from ..data.studies import Study
-from ..evaluate import evaluate
-from ..evaluate.evaluate import EvaluationRequest
+from ..evaluate.evaluate import EvaluationRequest, evaluate_run
 from ..evaluate.score import declared_models, scorer_models
 from ..metrics.registry import SCORER
 from ..plan import plan
@@ -415,7 +414,7 @@ def evaluate_adapters(
             folder = _fetch_adapter(study, name, composed)
             step = "evaluate"
             with adapter_run(composed, recipe_request, folder, adapter) as run:
-                evaluate.evaluate(run, evaluation)
+                evaluate_run(run, evaluation)
             result.run, result.steps["evaluate"] = run.path, DONE
         except (UserError, WorkFailed) as error:
             result.fail(step, str(error))

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from conftest import Recipe
+from run_folders import planned
 
 from qlora_recipes.base import paths
 from qlora_recipes.base.files import sha256
 from qlora_recipes.config import substitution
-from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
 from qlora_recipes.run.rundir import RunDir, all_runs
 
 NAME = "haider2024/llama-3.2-3b"
@@ -50,11 +50,11 @@ def test_it_goes_on_to_the_same_adapter_and_is_evaluated(own_cache, recipe, tmp_
     recipe.ok("resume", run.path)
     assert run.read().launches[-1].resumed_from
     assert adapter(run) == adapter(undisturbed)
-    before = EvaluationTask(undisturbed, EvaluationRequest())
+    before, rows = planned(undisturbed, adapter=None)
     forget_model(own_cache)
-    after = EvaluationTask(undisturbed, EvaluationRequest())
+    after, rows_after = planned(undisturbed, adapter=None)
     assert after.settings == before.settings
-    assert after.rows == before.rows
+    assert rows_after == rows
     assert Path(after.settings.base_model).is_dir()
 
 

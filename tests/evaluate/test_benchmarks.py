@@ -187,9 +187,9 @@ def test_generated_answers_end_as_the_runs_predictions(run, tiny, tmp_path, monk
     configure(run, datasets=[{"path": "x.jsonl", "type": "completion"}], test_datasets=None)  # no rows with answers
     GenerationConfig(eos_token_id=ends).save_pretrained(tiny)
     try:
-        first = evaluate.evaluate(run, request)
+        first = evaluate.evaluate_run(run, request)
         task.write_text(task.read_text().replace("version: 3", "version: 4"))
-        again = evaluate.evaluate(run, request)
+        again = evaluate.evaluate_run(run, request)
     finally:
         (tiny / "generation_config.json").unlink()
     lengths = [next(i for i, token in enumerate(answer) if token in ends) for answer in answers]

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 import torch
-from run_folders import a_checkpoint, configure, other_evaluation, rows_for
+from run_folders import a_checkpoint, configure, other_evaluation, planned, rows_for
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +19,7 @@ from qlora_recipes.config.datafiles import DataFile
 from qlora_recipes.data import studies
 from qlora_recipes.data.studies import Decoding
 from qlora_recipes.evaluate import evaluate, predict, transformers_engine
-from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
+from qlora_recipes.evaluate.evaluate import EvaluationPlan, EvaluationRequest, resolve
 from qlora_recipes.evaluate.evaluation_rows import sample_positions
 from qlora_recipes.evaluate.prompter import Prompter
 from qlora_recipes.evaluate.scores_file import ADAPTER, VERSION, Evaluation, RowShares, read_predictions, read_scores
@@ -34,18 +34,18 @@ from qlora_recipes.training.run_record import FileState, Launch
 
 def evaluated(run: RunDir, **more: Any) -> Evaluation:
     default = {"adapter": "none", "max_new_tokens": 8, "metrics": ["bertscore:none"]}
-    return evaluate.evaluate(run, EvaluationRequest(**default | more))
+    return evaluate.evaluate_run(run, EvaluationRequest(**default | more))
 
 
-def task_of(run: RunDir, **more: Any) -> EvaluationTask:
-    """An evaluation of a run's base model."""
-    return EvaluationTask(run, EvaluationRequest(adapter="none", max_new_tokens=8, **more))
+def plan_of(run: RunDir, **more: Any) -> EvaluationPlan:
+    """Plan of an evaluation of a run's base model."""
+    return planned(run, **{"max_new_tokens": 8} | more)[0]
 
 
 def prompter_of(run: RunDir, **settings: Any) -> Prompter:
     """The prompter of a run's base model, with some settings changed."""
-    task = task_of(run)
-    return Prompter(task.settings.model_copy(update=settings), task.cfg, run.output)
+    plan = plan_of(run)
+    return Prompter(plan.settings.model_copy(update=settings), run.config, run.output)
 
 
 def record(run: RunDir, **changes: Any) -> None:
@@ -65,7 +65,7 @@ def record(run: RunDir, **changes: Any) -> None:
 def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(run, formats, on_gpu, dtype):
     configure(run, **{"fp16": None, "bf16": None} | formats)
     record(run, provenance={"gpus": [{"name": "Tesla T4"}] if on_gpu else []})
-    assert task_of(run).settings.dtype == dtype
+    assert plan_of(run).settings.dtype == dtype
 
 
 def test_a_prompt_does_not_depend_on_the_beginning_of_the_answer(run):
@@ -76,8 +76,8 @@ def test_a_prompt_does_not_depend_on_the_beginning_of_the_answer(run):
     chats = [[{"role": "user", "content": "Answer:"}, {"role": "assistant", "content": text}] for text in answers]
     rows = [{"messages": messages} for messages in chats]
     write_rows(run.path / "chats.jsonl", rows)
-    task = task_of(run, data=run.path / "chats.jsonl")
-    prompter = Prompter(task.settings, task.cfg, run.output)
+    plan = plan_of(run, data=run.path / "chats.jsonl")
+    prompter = Prompter(plan.settings, run.config, run.output)
     prompter.tokenizer.add_tokens([":The"])  # as in Llama 3, whose vocabulary has it
     shared, apart = prompter.examples(rows_for(prompter, rows))
     assert shared.prompt == apart.prompt != []
@@ -93,8 +93,8 @@ def test_an_answer_without_text_keeps_its_tokens(run):
     answer = {"role": "assistant", "content": "", "tool_calls": calls}
     rows = [{"messages": [{"role": "user", "content": "Find it."}, answer]}]
     write_rows(run.path / "chats.jsonl", rows)
-    task = task_of(run, data=run.path / "chats.jsonl")
-    prompter = Prompter(task.settings, task.cfg, run.output)
+    plan = plan_of(run, data=run.path / "chats.jsonl")
+    prompter = Prompter(plan.settings, run.config, run.output)
     (example,) = prompter.examples(rows_for(prompter, rows))
     assert example.reference == "search"
     assert prompter.tokenizer.decode(example.prompt + example.answer).endswith("search</s>")
@@ -103,15 +103,15 @@ def test_an_answer_without_text_keeps_its_tokens(run):
 @pytest.mark.parametrize(("rehearsal", "asked", "most"), [(False, None, 1024), (True, None, 96), (True, 200, 200)])
 def test_a_rehearsal_ends_answers_early(run, rehearsal, asked, most):
     record(run, recipe="pissa-metamathqa/llama-2-7b-lora", variant_of=None, rehearsal=rehearsal)
-    task = EvaluationTask(run, EvaluationRequest(adapter="none", max_new_tokens=asked))
-    assert task.settings.decoding.max_new_tokens == most
+    plan = plan_of(run, max_new_tokens=asked)
+    assert plan.settings.decoding.max_new_tokens == most
 
 
 def test_a_rehearsal_evaluates_another_decoding_as_results_look_it_up(run):
     record(run, recipe="loftq-gsm8k/llama-2-7b-qlora", variant_of=None, rehearsal=True)
     declared = studies.find("loftq-gsm8k").decodings["greedy"]
-    task = EvaluationTask(run, EvaluationRequest(adapter="none", decoding="greedy"))
-    assert task.settings.decoding == declared
+    plan = plan_of(run, max_new_tokens=None, decoding="greedy")
+    assert plan.settings.decoding == declared
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
@@ -131,7 +131,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
     monkeypatch.setattr(Reference, "answers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(run, limit=10, batch_size=4)
-    assert task_of(run).where == where != EvaluationTask(run, EvaluationRequest(adapter="none", max_new_tokens=9)).where
+    assert plan_of(run).folder == where != plan_of(run, max_new_tokens=9).folder
     [part_file] = where.glob("predictions.*.part.jsonl")
     with pytest.raises(UserError, match=part_file.name):
         evaluated(run, limit=2)  # would lose two of four predictions
@@ -147,7 +147,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
 
 
 def test_a_complete_evaluation_is_not_done_again_but_another_is(run, monkeypatch):
-    evaluate.evaluate(run, EvaluationRequest(adapter="none", limit=5, max_new_tokens=9))
+    evaluate.evaluate_run(run, EvaluationRequest(adapter="none", limit=5, max_new_tokens=9))
     first = evaluated(run, limit=3)
     assert len([*run.path.glob("evaluations/*/scores.json")]) == 2  # one of another decoding
     other = evaluated(run, limit=4)
@@ -178,8 +178,8 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run, monkeypatch
 )
 def test_the_reason_to_score_again_is_named(run, changes, metrics, reason):
     record(run, recipe="haider2024/llama-2-7b", variant_of=None)
-    task = task_of(run, limit=3, metrics=metrics)
-    declared = {column.name: column.entry for column in task_of(run, limit=3).columns.values()}
+    plan = plan_of(run, limit=3, metrics=metrics)
+    declared = {column.name: column.entry for column in plan_of(run, limit=3).columns.values()}
     settings = {key: value for key, value in changes.items() if key != "version"}
     scorer = ScorerRecord(model="roberta-large", layer=17, revision=None, hash="")
     former = Evaluation(
@@ -191,11 +191,11 @@ def test_the_reason_to_score_again_is_named(run, changes, metrics, reason):
         },
         shares=RowShares(rows=3),
         version=changes.get("version", VERSION),
-        settings=task.settings.model_copy(update=settings),
+        settings=plan.settings.model_copy(update=settings),
         files={},
         data=[],
     )
-    assert evaluate.outdated(former, task) == reason
+    assert evaluate.outdated(former, plan) == reason
 
 
 def test_the_runs_predictions_move_to_their_folder_unless_they_are_stale(run, tiny):
@@ -308,7 +308,9 @@ def scored(run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir
     """The same run with an adapter, evaluated on two rows of a file of its own; what it generates is made up."""
 
     def predicted(settings: EvaluationSettings, test: Any, *_: Any) -> tuple[list[Row], EvaluationSettings]:
-        return [{"row": i, "reference": "a b c d", "prediction": "a b"} for i in test.positions], settings
+        return [
+            {"row": i, "reference": "a b c d", "prediction": "a b"} for i in [row.position for row in test.rows]
+        ], settings
 
     monkeypatch.setattr(evaluate, "predict", predicted)
     a_checkpoint(run.path, 1).joinpath(ADAPTER).rename(adapter := run.output / ADAPTER)
@@ -463,7 +465,7 @@ def test_other_rows_are_evaluated_beside_the_usual_ones(run, sample, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_bytes(b"".join((sample / "valid.jsonl").read_bytes().splitlines(keepends=True)[:2]))
     other = evaluated(run, data=few)
-    assert task_of(run, data=few).where not in (run.path, task_of(run).where)
+    assert plan_of(run, data=few).folder not in (run.path, plan_of(run).folder)
     assert default.shares.rows == 3
     assert other.shares.rows == 2
     assert evaluated(run, limit=3) == default
@@ -481,12 +483,12 @@ def test_an_evaluation_notes_that_the_recipe_has_changed(run, capsys):
 def test_a_run_without_an_adapter_is_said_what_to_do_about(run, state):
     record(run, state=state)
     with pytest.raises(UserError, match=rf"adapter_model\.safetensors.*{state}"):
-        EvaluationTask(run, EvaluationRequest())
+        resolve(run, EvaluationRequest())
 
 
 def test_a_judge_that_is_not_there_is_told_before_anything_is_generated(run):
     with pytest.raises(WorkFailed, match="some/nowhere"):
-        evaluate.evaluate(run, EvaluationRequest(adapter="none", metrics=["bertscore:some/nowhere"]))
+        evaluate.evaluate_run(run, EvaluationRequest(adapter="none", metrics=["bertscore:some/nowhere"]))
     assert not list(run.path.rglob("predictions*"))
 
 
@@ -496,19 +498,19 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run, monkeypatch):
     judge = substitution.scorer_folder()
     request = EvaluationRequest(adapter="none", max_new_tokens=8, limit=3, metrics=[f"bertscore:{judge}"])
     monkeypatch.setitem(bert_score_utils.model2layers, judge.name, 6)
-    first = evaluate.evaluate(run, request)
+    first = evaluate.evaluate_run(run, request)
     scorer = first.scores["bertscore_f1"].scorer
     assert scorer and scorer.model == "model"
     where = other_evaluation(run)
     by_row = [row["bertscore_f1"] for row in read_predictions(where)]
     (where / "predictions.other.part.jsonl").write_text("answers of another evaluation")
     request.metrics = ["chrf"]  # the default scorer model is not here
-    more = evaluate.evaluate(run, request)
+    more = evaluate.evaluate_run(run, request)
     assert more.scores == first.scores | {"chrf": more.scores["chrf"]}
     assert [row["bertscore_f1"] for row in read_predictions(where)] == by_row
     assert (where / "predictions.other.part.jsonl").exists()
     request.metrics = []
-    assert evaluate.evaluate(run, request) == more
+    assert evaluate.evaluate_run(run, request) == more
     without = evaluated(run, limit=3)
     assert "bertscore_f1" not in without.scores
     assert not any("bertscore_f1" in row for row in read_predictions(other_evaluation(run)))
@@ -595,13 +597,13 @@ def test_answers_as_long_as_the_context_are_refused(run):
 
 def test_a_run_whose_rows_have_no_answers_needs_none_for_benchmarks_alone(run):
     configure(run, datasets=[{"path": "x.jsonl", "type": "completion"}], test_datasets=None)
-    task = task_of(run, metrics=["benchmark:mmlu"], limit=7)
-    assert [*task.columns] == ["mmlu"]
-    assert task.settings.rows == 0
-    assert task.settings.limit == 7
+    plan = plan_of(run, metrics=["benchmark:mmlu"], limit=7)
+    assert [*plan.columns] == ["mmlu"]
+    assert plan.settings.rows == 0
+    assert plan.settings.limit == 7
     for metrics in ([], ["bleu4", "benchmark:mmlu"]):
         with pytest.raises(UserError):
-            task_of(run, metrics=metrics)
+            plan_of(run, metrics=metrics)
 
 
 def test_bad_test_data_is_told_before_a_model_is_loaded(run, tmp_path):

@@ -2,12 +2,13 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
-from run_folders import a_tiny_run, other_evaluation
+from run_folders import a_tiny_run, other_evaluation, planned
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -16,8 +17,8 @@ from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.config import datafiles
 from qlora_recipes.evaluate import evaluate, evaluation_rows
 from qlora_recipes.evaluate.changes import changed
-from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
-from qlora_recipes.evaluate.evaluation_rows import sample_positions
+from qlora_recipes.evaluate.evaluate import EvaluationPlan, EvaluationRequest, is_complete, resolve
+from qlora_recipes.evaluate.evaluation_rows import EvaluationRow, sample_positions
 from qlora_recipes.evaluate.scores_file import read_predictions, read_scores
 from qlora_recipes.results.reports.report_runs import reader, reported_runs
 from qlora_recipes.run.rundir import RunDir
@@ -47,8 +48,8 @@ def own_run(place: Path, tiny: Path, tiny_profile: Path) -> OwnRun:
     return make
 
 
-def task(run: RunDir, **more: Any) -> EvaluationTask:
-    return EvaluationTask(run, EvaluationRequest(adapter="none", **more))
+def plan_of(run: RunDir, **more: Any) -> EvaluationPlan:
+    return planned(run, **more)[0]
 
 
 def alpaca(count: int) -> list[dict[str, Any]]:
@@ -116,8 +117,7 @@ def test_prompts_and_references_of_own_rows_are_what_was_trained(own_run, tmp_pa
     form, rows, references = TYPES[kind]
     write_rows(tmp_path / "train.jsonl", rows)
     run = own_run(datasets=[{"path": "train.jsonl", **form}], train_on_inputs=on_inputs)
-    of_file = EvaluationTask(run, EvaluationRequest(adapter="none", data=tmp_path / "train.jsonl"))
-    prompter, examples = examples_of(run, of_file)
+    prompter, examples = examples_of(run, *planned(run, data=tmp_path / "train.jsonl"))
     assert [example.reference for example in examples] == references
     trained = load_datasets(cfg=Tokenizer(run.config).cfg).train_dataset
     left = [list(ids) for ids in trained["input_ids"]]  # in an order of their own
@@ -134,7 +134,7 @@ def test_own_rows_are_evaluated_and_recognised_without_axolotl(own_run, tmp_path
     write_rows(tmp_path / "check.jsonl", [{"messages": chat} for chat in chats(5)])
     test = {"path": "check.jsonl", "split": "train[:3]", **CHATML}  # of another type than the training data
     run = own_run(datasets=[{"path": "train.jsonl", "type": "alpaca"}], test_datasets=[test])
-    first = evaluate.evaluate(run, BASE)
+    first = evaluate.evaluate_run(run, BASE)
     assert first.settings.data == first.settings.data_name == "check.jsonl, split train[:3]"
     assert first.settings.rows == 3
     assert first.settings.limit is None
@@ -144,13 +144,34 @@ def test_own_rows_are_evaluated_and_recognised_without_axolotl(own_run, tmp_path
 
     monkeypatch.setattr(evaluate, "importing_axolotl", None)
     monkeypatch.setattr(evaluation_rows, "importing_axolotl", None)
-    assert evaluate.evaluate(run, BASE) == first
+    assert evaluate.evaluate_run(run, BASE) == first
     write_rows(tmp_path / "check.jsonl", [{"messages": chat} for chat in chats(3)])
-    assert evaluate.evaluate(run, BASE) == first  # the rows that the split takes are the same
+    assert evaluate.evaluate_run(run, BASE) == first  # the rows that the split takes are the same
     write_rows(tmp_path / "check.jsonl", [{"messages": chat} for chat in chats(2)])
     with pytest.raises(TypeError):
-        evaluate.evaluate(run, BASE)
+        evaluate.evaluate_run(run, BASE)
     assert read_scores(where) == first  # of the former rows
+
+
+@pytest.mark.parametrize("split", [None, "train[:3]"])
+def test_whether_an_evaluation_is_complete_is_known_without_reading_rows(own_run, tmp_path, monkeypatch, split):
+    write_rows(tmp_path / "train.jsonl", alpaca(4))
+    write_rows(tmp_path / "check.jsonl", alpaca(5))
+    entry = {"type": "alpaca"} | ({"split": split} if split else {})
+    test_datasets = [{"path": "check.jsonl"} | entry]
+    run = own_run(datasets=[{"path": "train.jsonl", "type": "alpaca"}], test_datasets=test_datasets)
+    files = {*run.path.rglob("*")}
+    assert not is_complete(resolve(run, BASE))
+    assert {*run.path.rglob("*")} == files
+    evaluate.evaluate_run(run, BASE)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation_rows, "read_rows", None)
+        assert is_complete(resolve(run, BASE))
+        assert not is_complete(resolve(run, replace(BASE, metrics=["bertscore:none", "rouge_l"])))
+        assert not is_complete(resolve(run, replace(BASE, max_new_tokens=5)))
+        assert not is_complete(resolve(run, replace(BASE, limit=2)))
+    write_rows(tmp_path / "check.jsonl", alpaca(2))
+    assert not is_complete(resolve(run, BASE))
 
 
 def test_results_and_reports_take_own_rows(own_run, tmp_path, recipe):
@@ -158,7 +179,7 @@ def test_results_and_reports_take_own_rows(own_run, tmp_path, recipe):
     write_rows(tmp_path / "check.jsonl", asked(3, 50))
     entry = {"type": USER_DEFINED}
     run = own_run(datasets=[{"path": "train.jsonl"} | entry], test_datasets=[{"path": "check.jsonl"} | entry])
-    evaluation = evaluate.evaluate(run, BASE)
+    evaluation = evaluate.evaluate_run(run, BASE)
     assert evaluation.settings.data_name == "check.jsonl"
     assert evaluation.settings.data_sha256 == sha256(tmp_path / "check.jsonl")
     for file in ("predictions.jsonl", "scores.json"):  # as if they were the adapter's
@@ -180,11 +201,11 @@ def test_scores_of_own_rows_that_were_replaced_are_stale_in_a_rehearsal_too(own_
         write_rows(file, asked_alpaca := [{"instruction": f"Say {i}.", "output": f"{i}!"} for i in range(50, 70)])
     test_datasets = [{"path": file.name, **entry} for file in files]
     run = own_run(rehearsal=True, datasets=[{"path": "train.jsonl", **entry}], test_datasets=test_datasets)
-    evaluation = evaluate.evaluate(run, BASE)
+    evaluation = evaluate.evaluate_run(run, BASE)
     where = other_evaluation(run)
     assert changed(where, evaluation) is None
     write_rows(files[-1], [*asked_alpaca[:8], *alpaca(3)])  # the same first rows
-    assert changed(where, evaluation) is None and evaluate.evaluate(run, BASE) == evaluation
+    assert changed(where, evaluation) is None and evaluate.evaluate_run(run, BASE) == evaluation
     shutil.copy(tmp_path / "train.jsonl", files[-1])
     assert changed(where, evaluation) == "stale"
     files[-1].write_text("not JSON\n")
@@ -196,14 +217,14 @@ def test_what_the_config_names_wins_over_a_test_file_that_happens_to_lie_there(o
         write_rows(tmp_path / f"{name}.jsonl", alpaca(count))
     entry = {"path": "train.jsonl", "type": "alpaca"}
     configured = own_run(datasets=[entry], test_datasets=[{"path": "check.jsonl", "type": "alpaca"}])
-    assert task(configured).settings.data == str(tmp_path / "check.jsonl")
+    assert plan_of(configured).settings.data == str(tmp_path / "check.jsonl")
     shutil.rmtree(configured.path)
-    assert task(own_run(datasets=[entry])).settings.data == str(tmp_path / "test.jsonl")
+    assert plan_of(own_run(datasets=[entry])).settings.data == str(tmp_path / "test.jsonl")
 
 
 def test_a_studys_data_is_evaluated_on_its_test_set_whatever_the_config_evaluates(own_run, sample):
     train, valid = ([{"path": str(sample / f"{name}.jsonl"), "type": "alpaca"}] for name in ("train", "valid"))
-    assert task(own_run(datasets=train, test_datasets=valid)).settings.data == str(sample / "test.jsonl")
+    assert plan_of(own_run(datasets=train, test_datasets=valid)).settings.data == str(sample / "test.jsonl")
 
 
 def test_a_limit_takes_rows_from_all_of_the_data_and_a_larger_one_contains_them():
@@ -221,12 +242,12 @@ def test_a_rehearsal_takes_few_of_its_own_rows(own_run, tmp_path):
         write_rows(tmp_path / f"{name}.jsonl", alpaca(30))
     data = {"path": "train.jsonl", "type": "alpaca", "split": "train[:20]"}
     run = own_run(rehearsal=True, datasets=[data], test_datasets=[{**data, "path": "check.jsonl"}])
-    assert task(run).settings.rows == 12
-    assert task(run).settings.limit == 12
+    assert plan_of(run).settings.rows == 12
+    assert plan_of(run).settings.limit == 12
     rows = alpaca(20)
-    assert [row.content for row in task(run).rows.rows] == [rows[i] for i in sample_positions(20, 12)]
-    assert task(run, limit=30).settings.rows == 20
-    assert task(run, limit=30).settings.limit is None
+    assert [row.content for row in planned(run)[1]] == [rows[i] for i in sample_positions(20, 12)]
+    assert plan_of(run, limit=30).settings.rows == 20
+    assert plan_of(run, limit=30).settings.limit is None
 
 
 def outputs(rows: Any, tokenizer: Any) -> set[str]:
@@ -282,28 +303,28 @@ def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(ow
         patch.setenv("AXOLOTL_IS_PREPROCESS", "1")  # does not count steps
         split = load_datasets(cfg=axolotl.cfg)  # as the training does
 
-    evaluated = task(run)
+    plan, rows = planned(run)
     trained, held_out = (outputs(rows, axolotl.tokenizer) for rows in (split.train_dataset, split.eval_dataset))
-    contents = [row.content for row in evaluated.rows.rows]
+    contents = [row.content for row in rows]
     texts_of = [row.get("output") or row["messages"][1]["content"] for row in contents]
     assert {text.split()[1] for text in texts_of} == held_out
-    assert len(evaluated.rows.rows) == len(split.eval_dataset) == len(held_out)
+    assert len(rows) == len(split.eval_dataset) == len(held_out)
     assert not held_out & trained
     assert how != "number" or len(held_out) == 7
-    assert ("datasets.1" in {row.dataset.key for row in evaluated.rows.rows}) == two
+    assert ("datasets.1" in {row.dataset.key for row in rows}) == two
     names = "train.jsonl" + ("" if how == "without duplicates" else ", split train[:35]")
     names += " and chats.jsonl" if two else ""
-    assert evaluated.settings.data == f"val_set_size {changes['val_set_size']} of {names}"
-    for text, example in zip(texts_of, examples_of(run, evaluated)[1], strict=True):
+    assert plan.settings.data == f"val_set_size {changes['val_set_size']} of {names}"
+    for text, example in zip(texts_of, examples_of(run, plan, rows)[1], strict=True):
         assert text.split()[1] in axolotl.tokenizer.decode(example.prompt)
 
 
-def examples_of(run: RunDir, of_task: EvaluationTask) -> tuple[Any, list[Any]]:
+def examples_of(run: RunDir, plan: EvaluationPlan, rows: list[EvaluationRow]) -> tuple[Any, list[Any]]:
     """The prompter of an evaluation, and what it makes of its rows."""
     from qlora_recipes.evaluate.prompter import Prompter
 
-    prompter = Prompter(of_task.settings, of_task.cfg, run.output)
-    return prompter, prompter.examples(of_task.rows.rows)
+    prompter = Prompter(plan.settings, run.config, run.output)
+    return prompter, prompter.examples(rows)
 
 
 def test_held_out_rows_are_kept_and_not_looked_for_in_data_that_has_changed(own_run, tmp_path):
@@ -312,12 +333,12 @@ def test_held_out_rows_are_kept_and_not_looked_for_in_data_that_has_changed(own_
     run = own_run(datasets=[{"path": "train.jsonl", "type": "alpaca"}], val_set_size=0.2)
     write_rows(train, alpaca(21))
     with pytest.raises(UserError, match=r"train\.jsonl"):
-        task(run)
+        plan_of(run)
     write_rows(train, alpaca(20))
-    first = evaluate.evaluate(run, BASE)
+    first = evaluate.evaluate_run(run, BASE)
     assert first.shares.rows == 4
     train.unlink()
-    assert evaluate.evaluate(run, BASE) == first
+    assert evaluate.evaluate_run(run, BASE) == first
 
 
 def test_a_data_set_of_other_files_with_a_split(own_run, tmp_path):
@@ -330,10 +351,10 @@ def test_a_data_set_of_other_files_with_a_split(own_run, tmp_path):
     entry = {"type": USER_DEFINED}
     tests = [{"path": "check.parquet", "split": "train[2:4]"} | entry, {"path": "saved", "split": "test"} | entry]
     run = own_run(datasets=[{"path": "train.jsonl"} | entry], test_datasets=tests)
-    evaluation_task = task(run)
-    assert [row.content for row in evaluation_task.rows.rows] == [*asked(6)[2:4], *asked(3, 70)]
-    assert evaluation_task.settings.data == "check.parquet, split train[2:4] and saved, split test"
-    assert [row.dataset.key for row in evaluation_task.rows.rows] == ["test_datasets.0"] * 2 + ["test_datasets.1"] * 3
+    plan, rows = planned(run)
+    assert [row.content for row in rows] == [*asked(6)[2:4], *asked(3, 70)]
+    assert plan.settings.data == "check.parquet, split train[2:4] and saved, split test"
+    assert [row.dataset.key for row in rows] == ["test_datasets.0"] * 2 + ["test_datasets.1"] * 3
 
 
 @pytest.mark.parametrize(
@@ -350,7 +371,7 @@ def test_where_there_is_nothing_to_score_that_is_said(own_run, tmp_path, changes
     run = own_run(**changes)
     for file in (None, tmp_path / "a.jsonl") if says == "datasets.0.type " else (None,):
         with pytest.raises(UserError, match=says):
-            task(run, data=file)
+            plan_of(run, data=file)
     assert not list(run.path.glob("evaluation*"))
 
 
@@ -370,7 +391,7 @@ def test_rows_without_an_answer_are_named(own_run, tmp_path, form, rows, says):
     write_rows(tmp_path / "check.jsonl", rows)
     run = own_run(datasets=[{"path": "check.jsonl", **form}], test_datasets=[{"path": "check.jsonl", **form}])
     with pytest.raises(UserError, match=rf"check\.jsonl: {says}"):
-        evaluate.evaluate(run, BASE)
+        evaluate.evaluate_run(run, BASE)
 
 
 def test_questions_are_no_chats(own_run, tmp_path):
@@ -378,7 +399,7 @@ def test_questions_are_no_chats(own_run, tmp_path):
     write_rows(tmp_path / "test.jsonl", asked(3))
     run = own_run(datasets=[{"path": "check.jsonl", **CHATML}])
     with pytest.raises(UserError) as refused:
-        task(run, data=tmp_path / "test.jsonl")
+        plan_of(run, data=tmp_path / "test.jsonl")
     assert str(refused.value) == (
         f"{tmp_path}/test.jsonl:1: the field messages is missing; `recipe new NAME --data FILE` writes questions and "
         "answers as chats to variants/NAME.jsonl"
@@ -390,9 +411,9 @@ def test_data_that_is_gone_is_named(own_run, tmp_path):
     entry = {"path": "check.jsonl", "type": "alpaca"}
     hub = own_run(datasets=[entry], test_datasets=[{"path": "somebody/none", "split": "test", "type": "alpaca"}])
     with pytest.raises(UserError, match=r"test_datasets\.0: somebody/none"):
-        task(hub)
+        plan_of(hub)
     shutil.rmtree(hub.path)
     run = own_run(datasets=[entry], test_datasets=[entry])
     (tmp_path / "check.jsonl").unlink()
     with pytest.raises(UserError, match=r"test_datasets\.0\.path: .*/check\.jsonl"):
-        task(run)
+        plan_of(run)

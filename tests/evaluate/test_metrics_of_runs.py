@@ -45,7 +45,7 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list["Reference"]:
 
 def evaluated(run: RunDir, *metrics: str, decoding: str | None = None) -> Evaluation:
     request = EvaluationRequest(adapter="none", limit=3, metrics=[*metrics, "bertscore:none"], decoding=decoding)
-    return evaluate.evaluate(run, request)
+    return evaluate.evaluate_run(run, request)
 
 
 def test_a_run_is_scored_with_its_studys_metrics_and_those_asked_for(run, generated):

@@ -229,10 +229,10 @@ def test_an_evaluation_goes_on_when_its_server_is_there_again(tmp_path, tiny, ti
 
     with serving(dies) as server, pytest.raises(WorkFailed, match=r"\b5 of 9 "):
         request.engine = server.url
-        evaluate.evaluate(run, request)
+        evaluate.evaluate_run(run, request)
     with serving(echo) as server:
         request.engine = server.url
-        resumed = evaluate.evaluate(run, request)
+        resumed = evaluate.evaluate_run(run, request)
         assert len(server.requests) == 9 - 5
     rows = [row["row"] for row in read_predictions(other_evaluation(run))]
     assert rows == sample_positions(resumed.settings.total_rows, 9)

@@ -15,7 +15,7 @@ from run_folders import a_tiny_run, configure
 
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.evaluate import evaluate, vllm
-from qlora_recipes.evaluate.evaluate import EvaluationRequest, EvaluationTask
+from qlora_recipes.evaluate.evaluate import EvaluationRequest, resolve
 from qlora_recipes.evaluate.scores_file import SCORES, Evaluation, read_predictions
 from qlora_recipes.evaluate.settings import EvaluationSettings
 from qlora_recipes.run.rundir import RunDir
@@ -75,7 +75,7 @@ def an_adapter(model: Path, output: Path) -> None:
 
 def evaluated(run: RunDir, limit: int = 5, **more: Any) -> Evaluation:
     request = EvaluationRequest(max_new_tokens=8, metrics=["bertscore:none"], limit=limit, **more)
-    return evaluate.evaluate(run, request)
+    return evaluate.evaluate_run(run, request)
 
 
 def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run, fake_vllm):
@@ -107,8 +107,8 @@ def test_on_a_gpu_the_adapter_is_served_as_lora(run, fake_vllm, monkeypatch):
 
     (fake_vllm / ".requirements-vllm-cpu.lock").rename(fake_vllm / ".requirements-vllm.lock")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 16 << 30))
-    task = EvaluationTask(run, EvaluationRequest())
-    words = vllm._command(Prompter(task.settings, task.cfg, run.output), "m", 512, 8000)
+    plan = resolve(run, EvaluationRequest())
+    words = vllm._command(Prompter(plan.settings, run.config, run.output), "m", 512, 8000)
     options = dict(pairwise(words))
     expected = {"--max-lora-rank": "16", "--lora-modules": f"adapter={run.output}", "--gpu-memory-utilization": "0.475"}
     assert options | expected == options and "--enable-lora" in words
@@ -139,8 +139,8 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run):
     from qlora_recipes.evaluate.prompter import Prompter
     from qlora_recipes.evaluate.transformers_engine import base_model, weights_folder
 
-    task = EvaluationTask(run, EvaluationRequest(adapter="none"))
-    prompter = Prompter(task.settings, task.cfg, run.output)
+    plan = resolve(run, EvaluationRequest(adapter="none"))
+    prompter = Prompter(plan.settings, run.config, run.output)
     folder = weights_folder(prompter)
     assert weights_folder(prompter) == folder
     served = load_file(folder / "model.safetensors")
@@ -151,8 +151,8 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run):
         assert torch.equal(served[name], expected), name
     assert sum(hasattr(weight, "quant_state") for weight in model.parameters()) == 14
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    half = task.settings.model_copy(update={"dtype": "bfloat16"})
-    assert weights_folder(Prompter(half, task.cfg, run.output)) != folder
+    half = plan.settings.model_copy(update={"dtype": "bfloat16"})
+    assert weights_folder(Prompter(half, run.config, run.output)) != folder
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from qlora_recipes.config import merging
 from qlora_recipes.config.datafiles import training_sets
 from qlora_recipes.config.merging import Difference, Override
 from qlora_recipes.data import studies
+from qlora_recipes.evaluate.evaluate import EvaluationPlan, EvaluationRequest, prepare, resolve
 from qlora_recipes.evaluate.evaluation_rows import EvaluationRow
 from qlora_recipes.evaluate.scores_file import VERSION, Evaluation, RowShares
 from qlora_recipes.evaluate.settings import EvaluationSettings
@@ -175,6 +176,12 @@ def rows_for(prompter: Any, contents: list[Row]) -> list[EvaluationRow]:
     """Rows in the format of the first training data set of a prompter's config."""
     first = training_sets(prompter.cfg)[0]
     return [EvaluationRow(position, first, content) for position, content in enumerate(contents)]
+
+
+def planned(run: RunDir, adapter: str | None = "none", **more: Any) -> tuple[EvaluationPlan, list[EvaluationRow]]:
+    """Plan of an evaluation, by default of a run's base model, and the rows that it evaluates."""
+    plan, rows = prepare(resolve(run, EvaluationRequest(adapter=adapter, **more)))
+    return plan, rows.at(plan.positions).rows
 
 
 def other_evaluation(run: RunDir) -> Path:
