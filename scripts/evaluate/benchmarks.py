@@ -124,12 +124,14 @@ def _measure(columns: Mapping[str, Column], prompter: "Prompter", options: Measu
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from .transformers_engine import Reference, base_weights
+    from .transformers_engine import TransformersEngine, base_weights
 
     tasks = {name: _locate(column, options.force) for name, column in columns.items()}
     settings = prompter.settings
     model = HFLM(
-        pretrained=Reference(prompter).model, tokenizer=prompter.tokenizer, batch_size=settings.batch_size or ROWS
+        pretrained=TransformersEngine(prompter).model,
+        tokenizer=prompter.tokenizer,
+        batch_size=settings.batch_size or ROWS,
     )
     model_hash = digest(base_weights(prompter) | {"adapter": settings.adapter_sha256, "ends": prompter.ends})
     cache = paths.cache() / "benchmarks" / model_hash[:16]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from .prompter import Prompter  # imports torch and Axolotl, which `served_file` does not need
-    from .transformers_engine import Reference
+    from .transformers_engine import TransformersEngine
 
 COMPARED_TOKENS = 32  # maximum number of tokens per row, from the start of its answer; each is a request
 MOST_PROBABLE = 64  # tokens whose log-probabilities a response lists
@@ -287,13 +287,13 @@ class LlamaServer(Server):
             UserError: the file has 16-bit weights, and the KL exceeds `MOST_KL`.
             WorkFailed: the server does not respond.
         """
-        from .transformers_engine import Reference
+        from .transformers_engine import TransformersEngine
 
         chosen = sampled(examples)
         with _failures(self.api):
             rows = asyncio.run(self._forced_rows(chosen))
         with Bar("comparing with the adapter"):
-            reference = Reference(self.prompter)
+            reference = TransformersEngine(self.prompter)
             distance = compare(reference, chosen, rows)
             reference.free()
         say(f"{self.file}: {distance}")
@@ -340,7 +340,7 @@ class LlamaServer(Server):
         return answer
 
 
-def compare(reference: "Reference", examples: Sequence[Example], rows: Sequence[list[_Token]]) -> Distance:
+def compare(reference: "TransformersEngine", examples: Sequence[Example], rows: Sequence[list[_Token]]) -> Distance:
     """Compare a file's log-probabilities of reference answers with those of the trained model.
 
     Args:
@@ -369,7 +369,7 @@ def compare(reference: "Reference", examples: Sequence[Example], rows: Sequence[
 
 
 def _at_tokens(
-    reference: "Reference", examples: Sequence[Example], rows: Sequence[list[_Token]]
+    reference: "TransformersEngine", examples: Sequence[Example], rows: Sequence[list[_Token]]
 ) -> Iterator[tuple["torch.Tensor", _Token]]:
     """Log-probabilities by the reference at each token that the server was forced to give, with that token."""
     for example, row in zip(examples, rows, strict=True):

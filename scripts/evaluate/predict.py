@@ -87,9 +87,9 @@ def start_engine(
             return nullcontext(LlamaServer(prompter, api, settings.file, at_once))
         return nullcontext(Server(prompter, api, str(settings.model), at_once))
     with Bar("loading the model"):
-        from .transformers_engine import Reference
+        from .transformers_engine import TransformersEngine
 
-        return nullcontext(Reference(prompter))
+        return nullcontext(TransformersEngine(prompter))
 
 
 def predict(
@@ -235,9 +235,9 @@ def _generate(
 
 def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> list[Completion]:
     """Greedy answers of the reference engine; its memory is freed afterwards."""
-    from .transformers_engine import Reference
+    from .transformers_engine import TransformersEngine
 
-    reference = Reference(prompter)
+    reference = TransformersEngine(prompter)
     answers = _greedily(reference, prompts, "the reference answers")
     reference.free()
     return answers

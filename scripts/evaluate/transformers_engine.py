@@ -45,7 +45,7 @@ SMALL_CACHE = 1_000_000_000
 OF_AXOLOTL = ("fp8", "sage", "varlen", "xformers")
 
 
-class Reference(Engine):
+class TransformersEngine(Engine):
     """`Engine` in this process: base model, with or without an adapter.
 
     Args:

@@ -24,7 +24,7 @@ from qlora_recipes.evaluate.evaluation_rows import sample_positions
 from qlora_recipes.evaluate.prompter import Prompter
 from qlora_recipes.evaluate.scores_file import ADAPTER, VERSION, Evaluation, RowShares, read_predictions, read_scores
 from qlora_recipes.evaluate.settings import Completion, EvaluationSettings
-from qlora_recipes.evaluate.transformers_engine import Reference, base_model
+from qlora_recipes.evaluate.transformers_engine import TransformersEngine, base_model
 from qlora_recipes.metrics.metric import ScoreRecord, ScorerRecord
 from qlora_recipes.results import card, listing
 from qlora_recipes.results.run_result import RunResult
@@ -120,15 +120,15 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run, monkeypatch):
     expected = read_predictions(where)
     assert [row["row"] for row in expected] == sample_positions(complete.settings.total_rows, 10)
     (where / "scores.json").unlink()
-    answers, calls = Reference.answers, []
+    answers, calls = TransformersEngine.answers, []
 
-    def interrupted(self: Reference, prompts: list[list[int]], *how: int) -> list[list[int]]:
+    def interrupted(self: TransformersEngine, prompts: list[list[int]], *how: int) -> list[list[int]]:
         calls.append(len(prompts))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return answers(self, prompts, *how)
 
-    monkeypatch.setattr(Reference, "answers", interrupted)
+    monkeypatch.setattr(TransformersEngine, "answers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(run, limit=10, batch_size=4)
     assert plan_of(run).folder == where != plan_of(run, max_new_tokens=9).folder
@@ -153,7 +153,7 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run, monkeypatch
     other = evaluated(run, limit=4)
     assert first.shares.rows == 3
     assert other.shares.rows == 4
-    monkeypatch.setattr("qlora_recipes.evaluate.transformers_engine.Reference.__init__", None)
+    monkeypatch.setattr("qlora_recipes.evaluate.transformers_engine.TransformersEngine.__init__", None)
     with pytest.raises(UserError, match=r"scores\.json: .* 4 .* 2 "):
         evaluated(run, limit=2)
     assert evaluated(run, limit=4) == other
@@ -220,9 +220,9 @@ def test_predictions_do_not_replace_those_of_more_rows(run, tiny):
 
 
 @pytest.fixture
-def reference(run: RunDir) -> Callable[..., Reference]:
+def reference(run: RunDir) -> Callable[..., TransformersEngine]:
     """A maker of references for the run's base model, in fp32."""
-    return lambda **settings: Reference(prompter_of(run, **settings))
+    return lambda **settings: TransformersEngine(prompter_of(run, **settings))
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def rows(sample: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in (sample / "test.jsonl").read_bytes().splitlines()]
 
 
-def generated(reference: Reference, rows: list[dict[str, Any]]) -> list[Completion]:
+def generated(reference: TransformersEngine, rows: list[dict[str, Any]]) -> list[Completion]:
     """A prediction for each row."""
     done: dict[int, Completion] = {}
     examples = reference.prompter.examples(rows_for(reference.prompter, rows))
@@ -264,15 +264,15 @@ def test_merged_weights_compute_in_fp32_and_stay_in_16_bits(reference, tiny, mon
 def test_a_batch_that_does_not_fit_is_done_in_halves(reference, rows, monkeypatch):
     small, fits, sizes = reference(batch_size=7), 2, []
     expected = generated(small, rows[:7])
-    answers = Reference.answers
+    answers = TransformersEngine.answers
 
-    def with_little_memory(self: Reference, prompts: list[list[int]], *how: int) -> list[list[int]]:
+    def with_little_memory(self: TransformersEngine, prompts: list[list[int]], *how: int) -> list[list[int]]:
         sizes.append(len(prompts))
         if len(prompts) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return answers(self, prompts, *how)
 
-    monkeypatch.setattr(Reference, "answers", with_little_memory)
+    monkeypatch.setattr(TransformersEngine, "answers", with_little_memory)
     assert generated(small, rows[:7]) == expected
     assert max(sizes) > fits and sum(size for size in sizes if size <= fits) == 7
     fits = 0
@@ -298,7 +298,7 @@ def test_layers_are_quantized_as_in_training_or_dequantized_where_that_gives_the
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     configure(run, **changes)
-    layers = [*Reference(prompter_of(run)).model.modules()]
+    layers = [*TransformersEngine(prompter_of(run)).model.modules()]
     assert sum(isinstance(layer, Linear4bit) for layer in layers) == in_4_bits
     assert sum(isinstance(layer, Linear8bitLt) for layer in layers) == in_8_bits
 
@@ -403,16 +403,16 @@ def test_an_evaluation_of_rows_that_changed_since_is_stale(scored, monkeypatch):
 
 
 def test_a_larger_limit_goes_on_with_the_predictions_of_a_smaller_one(run, monkeypatch):
-    answers, asked = Reference.answers, []
+    answers, asked = TransformersEngine.answers, []
 
-    def interrupted(self: Reference, prompts: list[list[int]], *how: int) -> list[list[int]]:
+    def interrupted(self: TransformersEngine, prompts: list[list[int]], *how: int) -> list[list[int]]:
         if len(asked) == 2:
             asked.append(prompts)
             raise KeyboardInterrupt
         asked.extend(prompts)
         return answers(self, prompts, *how)
 
-    monkeypatch.setattr(Reference, "answers", interrupted)
+    monkeypatch.setattr(TransformersEngine, "answers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(run, limit=4, batch_size=1)
     asked.clear()
@@ -528,7 +528,7 @@ def test_decoding_is_the_studys_and_not_the_models_own(run, tiny):
     GenerationConfig(do_sample=True, temperature=5.0, max_new_tokens=3, eos_token_id=[7, 8]).save_pretrained(tiny)
     configure(run, eot_tokens=["<s>"])
     try:
-        used = Reference(prompter_of(run)).decoding()
+        used = TransformersEngine(prompter_of(run)).decoding()
     finally:
         (tiny / "generation_config.json").unlink()
     assert used.do_sample is False

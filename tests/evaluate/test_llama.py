@@ -285,7 +285,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
 
         def free(self) -> None: ...
 
-    monkeypatch.setattr(transformers_engine, "Reference", Trained)
+    monkeypatch.setattr(transformers_engine, "TransformersEngine", Trained)
     return LOGITS + CHANGE
 
 

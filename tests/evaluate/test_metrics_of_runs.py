@@ -18,7 +18,7 @@ from qlora_recipes.metrics import registry
 from qlora_recipes.run.rundir import RunDir
 
 if TYPE_CHECKING:
-    from qlora_recipes.evaluate.transformers_engine import Reference
+    from qlora_recipes.evaluate.transformers_engine import TransformersEngine
 
 ANSWERS = [
     {"question": "1 + 2?", "gold": "A: 3", "model": {"solution": "so it is 3\nA: 3", "right": True}},
@@ -29,17 +29,19 @@ FIELDS = ("--prediction-field", "model.solution", "--reference-field", "gold")
 
 
 @pytest.fixture
-def generated(monkeypatch: pytest.MonkeyPatch) -> list["Reference"]:
+def generated(monkeypatch: pytest.MonkeyPatch) -> list["TransformersEngine"]:
     """The reference of each evaluation, none of which takes long."""
-    from qlora_recipes.evaluate.transformers_engine import Reference
+    from qlora_recipes.evaluate.transformers_engine import TransformersEngine
 
-    batches: list[Reference] = []
+    batches: list[TransformersEngine] = []
 
-    def generate(self: Reference, prompts: list[list[int]], done: dict[int, Completion]) -> list[dict[int, Completion]]:
+    def generate(
+        self: TransformersEngine, prompts: list[list[int]], done: dict[int, Completion]
+    ) -> list[dict[int, Completion]]:
         batches.append(self)
         return [{i: Completion(f"answer {len(prompt)}", prompt) for i, prompt in enumerate(prompts)}]
 
-    monkeypatch.setattr(Reference, "generate", generate)
+    monkeypatch.setattr(TransformersEngine, "generate", generate)
     return batches
 
 

@@ -58,14 +58,16 @@ def three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def parts(run: RunDir) -> SimpleNamespace:
     """The reference of a run's base model, with what it writes for some rows."""
     from qlora_recipes.evaluate.prompter import Prompter
-    from qlora_recipes.evaluate.transformers_engine import Reference
+    from qlora_recipes.evaluate.transformers_engine import TransformersEngine
 
     plan, rows = planned(run, max_new_tokens=6, limit=ROWS)
     prompter = Prompter(plan.settings, run.config, run.output)
     examples = prompter.examples(rows)
     prompts = settings.sampled([example.prompt for example in examples])
     expected = predict.answers_of_reference(prompter, prompts)
-    return SimpleNamespace(prompter=prompter, prompts=prompts, expected=expected, reference=Reference(prompter))
+    return SimpleNamespace(
+        prompter=prompter, prompts=prompts, expected=expected, reference=TransformersEngine(prompter)
+    )
 
 
 def request_of(**more: Any) -> EvaluationRequest:

@@ -581,7 +581,7 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(tmp_path, tiny,
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from qlora_recipes.evaluate.transformers_engine import Reference
+    from qlora_recipes.evaluate.transformers_engine import TransformersEngine
 
     run = RunDir(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(tiny, pad_token=pad_token)
@@ -619,7 +619,7 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(tmp_path, tiny,
     evaluated(run, base_model=cfg["base_model"])
     prompter = Prompter(scores_file.read_scores(run.path).settings, cfg, run.output)
     adapter = {"adapter": str(run.output), "adapter_sha256": "x", "quantized": True}
-    reference = Reference(Prompter(prompter.settings.model_copy(update=adapter), cfg, run.output))
+    reference = TransformersEngine(Prompter(prompter.settings.model_copy(update=adapter), cfg, run.output))
     reference.merge()
     written = load_file(run.output / "merged" / "model.safetensors")
     differing = [
