@@ -185,5 +185,6 @@ def test_published_repeats_give_the_verdict_an_interval(tmp_path, loss, words):
     assert score.verdict == words
     assert score.interval is not None
     assert (
-        score.interval.method == "a run-to-run standard deviation of 5.8e-05 from 3 published repeats, 0.3796 to 0.3797"
+        score.interval.method
+        == "a run-to-run standard deviation of 5.8e-05 from 3 published repeats, 0.3796 to 0.3797 (Student's t)"
     )

@@ -43,10 +43,10 @@ def test_runs_of_other_seeds_count_as_one(runs):
     table = np.array([RIGHT, [100, 0, 100, 100, 100, 100], [100, 0, 0, 0, 100, 100]])
     half = intervals.mean_squares(table).half_width()
     assert fields(row, "accuracy_low", "accuracy_high") == pytest.approx([table.mean() - half, table.mean() + half])
-    assert fields(row, "accuracy_interval_method", "accuracy_verdict") == ["rows and 3 runs", verdict.WITHIN]
+    assert fields(row, "accuracy_interval_method", "accuracy_verdict") == ["rows and 3 runs (Banerjee)", verdict.WITHIN]
     # as for each run, because no row has a chrF
     assert fields(row, "chrf", "chrf_low", "chrf_high") == pytest.approx([20.5, 20, 21])
-    assert row["chrf_interval_method"] == "rows and 3 runs"
+    assert row["chrf_interval_method"] == "rows and 3 runs (Banerjee)"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_other_rows_leave_the_spread_of_runs_and_their_own_intervals(runs):
     with_seed(runs, 42, RIGHT)
     with_rows(with_seed(runs, 43, [100.0, *RIGHT[1:4], 0.0, 100.0]), RIGHT, first=1)
     row = row_of(runs)
-    assert row["accuracy_interval_method"] == "rows and 2 runs"
+    assert row["accuracy_interval_method"] == "rows and 2 runs (Banerjee)"
     assert (row["accuracy_low"], row["accuracy_high"]) < (row["accuracy"] - 0.5, row["accuracy"] + 0.5)
 
 
@@ -114,8 +114,8 @@ def test_runs_without_an_interval_have_none_together(runs):
     ("seeds", "method", "lacks_seeds"),
     [
         ([42], "rows only", True),
-        ([42, 42], "rows and 2 runs of one seed", True),
-        ([42, 42, 43], "rows and 2 runs", False),
+        ([42, 42], "rows and 2 runs of one seed (Banerjee)", True),
+        ([42, 42, 43], "rows and 2 runs (Banerjee)", False),
     ],
 )
 def test_an_interval_knows_what_it_covers(runs, seeds, method, lacks_seeds):
@@ -180,9 +180,10 @@ def test_one_run_borrows_the_spread_of_published_repeats(runs):
     assert half > 0.5
     assert row["accuracy_high"] - row["accuracy"] == pytest.approx(half)
     methods = [row_of(runs, name)["accuracy_interval_method"] for name in (PLAIN, WIDE)]
-    assert methods == ["rows and a run-to-run standard deviation of 0.55 from 3 published repeats, 66.9 to 68"] * 2
+    spread = "a run-to-run standard deviation of 0.55 from 3 published repeats, 66.9 to 68"
+    assert methods == [f"rows and {spread} (Banerjee)"] * 2
     with_seed(runs, 43, RIGHT)
-    assert row_of(runs)["accuracy_interval_method"] == "rows and 2 runs"  # a measured spread is better
+    assert row_of(runs)["accuracy_interval_method"] == "rows and 2 runs (Banerjee)"  # a measured spread is better
 
 
 def test_a_further_decoding_is_the_mean_of_the_runs_that_have_it(runs):

@@ -306,7 +306,7 @@ def test_scores_over_seeds_have_an_interval_of_rows_and_runs(tmp_path):
     half = intervals.half_width(np.var(values, ddof=1) / 3, (0.1 / intervals.NORMAL) ** 2, 2, intervals.MANY)
     assert half > 0.1
     assert (within.low, within.high) == pytest.approx((mean - half, mean + half))
-    assert within.method == "rows and 3 runs of one seed"
+    assert within.method == "rows and 3 runs of one seed (Banerjee)"
     assert row.scores["eval_loss"] == (1.0, None)  # its spread over rows is unknown
 
 
