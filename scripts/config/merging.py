@@ -1,6 +1,5 @@
 """Changes of configs: merging, overrides, differences by key, and the recipe that a variant changes."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,9 +24,6 @@ def merge(config: Config, changes: Config) -> Config:
         elif value is None:
             del merged[key]
     return merged
-
-
-_QUOTED = r"""(?<![^\s,\[\]{}():'"])(?:'(?:[^']|'')*'|"(?:\\.|[^"\\])*")"""  # YAML's quotes begin a value
 
 
 def top_key(key: str) -> str:
@@ -96,7 +92,7 @@ def parse_override(text: str) -> Override:
 
 
 def parse_overrides(text: str) -> tuple[str, list[Any]]:
-    """Split `key=value,value` from --set into a dotted key and YAML values, at commas outside brackets and quotes.
+    """Split `key=value,value` from --set into a dotted key and values, which are those of a YAML list.
 
     Raises:
         UserError: the text is malformed.
@@ -104,21 +100,9 @@ def parse_overrides(text: str) -> tuple[str, list[Any]]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError("expected key=value, as in --set num_epochs=3", key=f"--set {text}")
-    values = [""]
-    depth = 0
-    for part in re.findall(rf"{_QUOTED}|.", value, re.DOTALL):
-        if part == "," and depth == 0:
-            values.append("")
-            continue
-        values[-1] += part
-        if part in ("[", "{", "("):
-            depth += 1
-        elif part in ("]", "}", ")"):
-            depth -= 1
-    if len(values) > 1 and not all(map(str.strip, values)):
-        remedy = "delete a comma, or write null for a trial without the key"
-        raise UserError("an empty value", key=f"--set {text}", remedy=remedy)
-    return key.strip(), [parse(value, option=f"--set {text}") for value in values]
+    if "," not in value:
+        return key.strip(), [parse(value, option=f"--set {text}")]
+    return key.strip(), parse(f"[{value}]", option=f"--set {text}")
 
 
 def override(config: Config, key: str, value: Any) -> Config:
