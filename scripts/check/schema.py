@@ -45,11 +45,6 @@ def findings(content: Config) -> Iterator[Finding]:
                 yield finding
 
 
-def takes(key: str, value: Any) -> bool:
-    """True if Axolotl's schema allows a value for a top-level key, or does not describe the key."""
-    return not any(finding.rule == "value" and finding.top_key == key for finding in findings({key: value}))
-
-
 def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]]:
     """Remove values that break the schema; return the config and the affected top-level keys.
 

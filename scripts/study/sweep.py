@@ -19,7 +19,6 @@ from ..base.paths import find_recipe
 from ..base.processes import held, now
 from ..base.terminal import Bar, say
 from ..base.yamlfiles import Config
-from ..check import schema
 from ..config import merging
 from ..config.compose import Request
 from ..config.gpus import Gpu
@@ -142,7 +141,7 @@ class Grid:
 
     @classmethod
     def from_overrides(cls, texts: Sequence[str]) -> Self:
-        """Parse `key=value,value` from --set, or `key=[value, value]` if the key takes no list.
+        """Parse `key=value,value` from --set.
 
         Raises:
             UserError: a text is malformed, or two have the same key.
@@ -153,8 +152,6 @@ class Grid:
             if key in grid.values:
                 remedy = f"give all values at once, as in --set {key}=1,2"
                 raise UserError(f"{key} is given twice", key="--set", remedy=remedy)
-            if len(values) == 1 and _has_several(key, values[0]):
-                values = values[0]
             grid.values[key] = values
             title = f"{key}={','.join(map(yamlfiles.write_flow, values))}"
             grid.titles.append(re.sub(r"(?a)[^\w.,=+-]+", "-", title))  # usable in a file name
@@ -208,11 +205,6 @@ class Grid:
         for entry in self.entries:
             keys += entry
         return [key for key in dict.fromkeys(keys) if key != NAME]
-
-
-def _has_several(key: str, value: Any) -> bool:
-    """True if a value is a list of values for a key, because the key itself takes no list."""
-    return isinstance(value, list) and bool(value) and not schema.takes(key, value)
 
 
 def _texts(values: Mapping[str, Any]) -> list[str]:

@@ -57,21 +57,6 @@ def test_long_names_of_different_sweeps_differ():
 
 
 @pytest.mark.parametrize(
-    ("text", "values"),
-    [
-        ("lora_r=[16, 32]", [16, 32]),
-        ("datasets.0.split=train[:14]", ["train[:14]"]),
-        ("lora_target_modules=[q_proj, v_proj]", [["q_proj", "v_proj"]]),  # the key takes a list
-        ("lora_target_modules=[[q_proj], [v_proj]]", [["q_proj"], ["v_proj"]]),
-        ("lr_scheduler=[linear, cosine]", ["linear", "cosine"]),
-    ],
-)
-def test_a_list_is_several_values_if_the_key_takes_no_list(text, values):
-    (tried,) = Grid.from_overrides([text]).values.values()
-    assert tried == values
-
-
-@pytest.mark.parametrize(
     ("text", "problem"),
     [
         pytest.param("lora_r: 16", ":1: lora_r: expected a list of values", id="no list"),
