@@ -116,33 +116,22 @@ class _Layout:
 
     Attributes:
         beside: columns beside each other.
-        above: the first column, if its cells go above their rows.
         below: columns whose cells go below their rows.
         left_out: columns that do not fit.
     """
 
     width: int
     beside: list[_Column]
-    above: _Column | None = None
     below: list[_Column] = field(default_factory=list)
     left_out: list[_Column] = field(default_factory=list)
 
     def fits(self) -> bool:
         """True if the columns beside each other fit the width."""
-        total = sum(column.width + _GAP for column in self.beside)
-        if not self.above:  # otherwise, the first column is indented by a gap
-            total -= _GAP
-        return total <= self.width
+        return sum(column.width + _GAP for column in self.beside) - _GAP <= self.width
 
-    def lines(self, place: int) -> Iterator[str]:
-        """Lines of the headings (place 0) or of a row, without cells below it."""
-        indent = ""
-        if self.above:
-            indent = " " * _GAP
-            yield from broken(self.above.texts[place], self.width)
-        if self.beside:
-            texts = [column.padded(place) for column in self.beside]
-            yield (indent + (" " * _GAP).join(texts)).rstrip()
+    def line(self, place: int) -> str:
+        """Line of the headings (place 0) or of a row, without cells below it."""
+        return (" " * _GAP).join(column.padded(place) for column in self.beside).rstrip()
 
     def lines_below(self, place: int) -> Iterator[str]:
         """Lines of the cells below a row."""
@@ -160,10 +149,7 @@ def _layout(columns: Sequence[_Column], width: int, below: Sequence[str]) -> _La
         by_name = {column.name: column for column in columns}
         layout.below = [by_name[name] for name in below if name in by_name]
         layout.beside = [column for column in columns if column.name not in below]
-    if not layout.fits() and columns[0].width > width // 2:
-        layout.above = columns[0]
-        layout.beside.remove(columns[0])
-    while layout.beside and not layout.fits():
+    while len(layout.beside) > 1 and not layout.fits():
         layout.left_out.insert(0, layout.beside.pop())
     return layout
 
@@ -176,8 +162,7 @@ def print_table(
     """Print a table on stdout, with all columns that have a value; nothing without rows.
 
     Values are never cut; only long paths are broken. If the table is too wide for the terminal, the columns `below`
-    move below their rows. Then a first column of long names moves above its rows, and the last columns are left out
-    and listed.
+    move below their rows. Then the last columns are left out and listed.
 
     Args:
         below: columns of long texts.
@@ -187,10 +172,10 @@ def print_table(
     layout = _layout(_columns(rows), _width(), below)
     if title:
         print_text(title)
-    for line in layout.lines(0):
-        click.secho(line, bold=True)
+    click.secho(layout.line(0), bold=True)
     for place in range(1, len(rows) + 1):
-        for line in (*layout.lines(place), *layout.lines_below(place)):
+        click.echo(layout.line(place))
+        for line in layout.lines_below(place):
             click.echo(line)
     if layout.left_out:
         names = ", ".join(column.name for column in layout.left_out)
