@@ -1,4 +1,4 @@
-"""Checks of torch, GPUs, installed packages, access to the hub, and disks."""
+"""Checks of torch, GPUs, installed packages, and disks."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import orjson
 from packaging.requirements import Requirement
 
-from ..base import hardware, hub, paths, yamlfiles
+from ..base import hardware, paths
 from ..base.errors import with_type
 from ..base.files import free_bytes
 from ..base.processes import package_version
@@ -63,7 +63,7 @@ class Line:
 def check_environment() -> list[Line]:
     """Run every check; if a check fails, its line says so."""
     lines: list[Line] = []
-    for name, check in {"torch": check_torch, "lock": check_lock, "hub": check_hub, "disk": check_disks}.items():
+    for name, check in {"torch": check_torch, "lock": check_lock, "disk": check_disks}.items():
         try:
             lines += check()
         except Exception as error:  # a broken environment can raise anything
@@ -157,39 +157,6 @@ def check_lock() -> Iterator[Line]:
         yield Line("lock", "wrong", differences, "install the required versions", command)
     else:
         yield Line("lock", "ok", "the installed packages match requirements.lock")
-
-
-def check_hub() -> Iterator[Line]:
-    """Check the token, and access to the base models of the built-in recipes."""
-    if hub.is_offline():
-        yield Line("hub", "note", "not checked, because HF_HUB_OFFLINE is set; only cached models and data work")
-        return
-    models = base_models()
-    closed = [name for name in models if hub.access(name).access != "open"]
-    by_access = {hub.access(name).access: hub.access(name) for name in closed}
-    if not closed:
-        yield Line("hub", "ok", f"answers; your account has access to all {len(models)} base models")
-    elif "unknown" in by_access:
-        text = f"no answer: {by_access['unknown'].says}"
-        yield Line("hub", "note", text, "cached models still work", "export HF_HUB_OFFLINE=1")
-    elif "refused" in by_access:
-        yield Line(
-            "hub",
-            "wrong",
-            "refuses the token",
-            remedy="the token has expired, or was revoked: log in with another one",
-            command="hf auth login --force",
-        )
-    else:
-        remedy = f"with the account of your token, ask for access at {hub.page(closed[0])} and the like"
-        command = "" if hub.has_token() else "hf auth login"
-        yield Line("hub", "note", f"answers; no access to {', '.join(closed)}", remedy, command)
-
-
-def base_models() -> list[str]:
-    """Base models of the built-in recipes."""
-    files = [file for file in map(paths.recipe_file, paths.recipe_names()) if file.is_relative_to(paths.RECIPES)]
-    return sorted({str(yamlfiles.read_yaml(file)["base_model"]) for file in files})
 
 
 def check_disks() -> Iterator[Line]:

@@ -6,10 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import Recipe
-from file_server import serving
-from huggingface_hub import close_session, constants
 
-from qlora_recipes.base import hardware, hub, paths
+from qlora_recipes.base import hardware, paths
 from qlora_recipes.check import environment
 
 Patch = pytest.MonkeyPatch
@@ -41,11 +39,8 @@ def wrong(lines_by_name: Lines) -> set[str]:
 
 def test_each_check_of_a_whole_environment_is_one_line(recipe):
     by_name = lines(recipe, 0)
-    assert list(by_name) == ["torch", "GPU", "lock", "hub", "runs", "cache", "models"]
+    assert list(by_name) == ["torch", "GPU", "lock", "runs", "cache", "models"]
     assert {by_name[name]["state"] for name in ("torch", "GPU", "lock", "runs", "cache")} == {"ok"}
-    assert by_name["hub"]["state"] == "note"
-    offline = "not checked, because HF_HUB_OFFLINE is set; only cached models and data work"
-    assert by_name["hub"]["found"] == offline
 
 
 @pytest.mark.parametrize(
@@ -134,27 +129,3 @@ def test_packages_have_to_be_those_of_the_lock(tmp_path, monkeypatch, content, t
     (line,) = environment.check_lock()
     assert line.found == text
     assert line.state == ("ok" if text.startswith("the ") else "wrong")
-
-
-@pytest.mark.parametrize(
-    ("answers", "state", "text"),
-    [
-        ([], "ok", "answers; your account has access to all 2 base models"),
-        ([403], "note", "answers; no access to a/closed"),
-        ([401, 401], "wrong", "refuses the token"),
-        ([500] * 12, "note", "no answer: status 500"),
-    ],
-)
-def test_the_hub_is_asked_for_the_recipes_models(monkeypatch, answers, state, text):
-    with serving(monkeypatch) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url.partition("/files")[0])
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub, "_answers", {})
-        monkeypatch.setattr(environment, "base_models", lambda: ["a/closed", "b/open"])
-        monkeypatch.setenv("HF_TOKEN", "hf_QxW3vBn7mKzLp0aSdFgH")
-        server.content, server.answers, server.error_code = b"{}", answers, "GatedRepo" if 403 in answers else ""
-        close_session()
-        (line,) = environment.check_hub()
-        close_session()
-    assert line.state == state
-    assert line.found == text
