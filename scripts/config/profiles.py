@@ -14,12 +14,8 @@ Incompatible = dict[str, Config]
 """Changed profile keys by reason: None for a key left out, otherwise the value used instead."""
 _LIGER_LOSS = "liger_fused_linear_cross_entropy"
 _LIGER = ("plugins", "liger_rms_norm", "liger_glu_activation", "liger_rope", _LIGER_LOSS)
-_LORA = {
-    "lora_qkv_kernel": ("q_proj", "k_proj", "v_proj"),
-    "lora_o_kernel": ("o_proj",),
-    "lora_mlp_kernel": ("gate_proj", "up_proj", "down_proj"),
-}
-"""For each of Axolotl's LoRA kernels, the layers that all need adapters (monkeypatch/lora_kernels.py)."""
+_LORA = ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel")
+"""Axolotl's LoRA kernels; if not all of their layers have adapters, Axolotl leaves one out, with a warning."""
 
 
 def incompatible_keys(fragment: Config, config: Config, gpu: Gpu | None) -> Incompatible:
@@ -97,12 +93,3 @@ def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, 
     activation = model.get("hidden_activation") or model.get("hidden_act") or "silu"
     if activation != "silu":
         yield {"lora_mlp_kernel": None}, f"the kernel computes SiLU or GELU (erf), but the model uses {activation}"
-    if not config.get("lora_target_linear"):
-        yield from _partial_kernels(listed(config, "lora_target_modules"))
-
-
-def _partial_kernels(targets: list[str]) -> Iterator[tuple[Config, str]]:
-    """Kernels for layers of which only some have LoRA."""
-    for kernel, layers in _LORA.items():
-        if targets and not set(layers) <= set(targets):
-            yield {kernel: None}, f"LoRA is not on all of {', '.join(layers)}"

@@ -89,8 +89,7 @@ def on(composed: Composed) -> set[str]:
 
 def mine(*profiles: str, overrides: tuple[str, ...] = (), **change: Any) -> Composed:
     """The profile fast, and others behind it, over a recipe without dropout that has all layers as targets."""
-    layers = [layer for needed in _LORA.values() for layer in needed]
-    settings = {"lora_dropout": 0, "lora_target_modules": layers}
+    settings = {"lora_dropout": 0, "lora_target_modules": [*models.LINEAR_LAYERS]}
     Path("mine.yaml").write_text(yamlfiles.write_yaml(config_with(settings | change, NO_DROPOUT)))
     return laid("mine.yaml", "fast", *profiles, overrides=overrides)
 
@@ -117,9 +116,6 @@ def test_lora_kernels_are_on_only_without_dropout_and_triton_only_where_it_runs(
     [
         ({}, set()),
         ({"lora_dropout": 0.05}, KERNELS),
-        ({"lora_target_modules": ["q_proj", "v_proj"]}, KERNELS),
-        ({"lora_target_modules": ["q_proj", "k_proj", "v_proj"]}, KERNELS - {"lora_qkv_kernel"}),
-        ({"lora_target_modules": ["q_proj"], "lora_target_linear": True}, set()),
         ({"chunked_cross_entropy": True}, {"liger_fused_linear_cross_entropy"}),
         ({"lora_modules_to_save": ["lm_head"]}, {"liger_fused_linear_cross_entropy"}),
         ({"base_model": "google/gemma-2-2b", "revision_of_model": None}, {"lora_mlp_kernel"}),
