@@ -3,14 +3,12 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import starmap, zip_longest
-from operator import ne
 from pathlib import Path
 from typing import Any, Literal
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import Row, json_lines, reading, write_rows
+from ..base.files import Row, write_rows
 from ..base.yamlfiles import Config
 from ..config import datafiles, merging, models
 from ..config.datafiles import FORMS, Form
@@ -83,21 +81,15 @@ class OwnRows:
     def copied(self) -> Iterator[None]:
         """Copy the rows if necessary; delete the copy if the block fails.
 
-        A call that was killed has left a copy.
-
         Raises:
-            UserError: a row cannot be read, or a file with other rows is in the copy's place.
+            UserError: a row cannot be read, or a file is in the copy's place.
         """
         if self.path == self.file:
             yield
             return
         if self.copy.exists():
-            with reading(self.copy) as lines:
-                if any(starmap(ne, zip_longest(lines, json_lines(self._rows())))):
-                    remedy = "choose another name, or delete this file"
-                    raise UserError("has the rows of an earlier variant", file=paths.shown(self.copy), remedy=remedy)
-            yield
-            return
+            remedy = "choose another name, or delete this file"
+            raise UserError("has the rows of an earlier variant", file=paths.shown(self.copy), remedy=remedy)
         try:
             write_rows(self.copy, self._rows())
             if self.copy.stat().st_size == 0:

@@ -338,21 +338,6 @@ def test_rows_of_an_earlier_variant_are_kept(recipe, questions):
     assert read_rows(copy) == [CHAT]
 
 
-def test_rows_of_a_call_that_was_killed_are_taken(recipe, questions):
-    variant = questions.parent / "variants" / "mine.yaml"
-    copy = variant.with_suffix(".jsonl")
-    first = recipe.ok("new", "mine", "--data", "rows.jsonl")
-    text, rows = variant.read_text(), copy.read_bytes()
-    variant.unlink()  # which is written last
-    recipe.fails("new", "mine", "--data", "rows.jsonl", "--set", "lora_rr=3")
-    assert copy.read_bytes() == rows
-    assert recipe.ok("new", "mine", "--data", "rows.jsonl").stderr == first.stderr
-    assert (variant.read_text(), copy.read_bytes()) == (text, rows)
-    variant.unlink()
-    copy.write_bytes(rows + b"{}\n")
-    recipe.fails("new", "mine", "--data", "rows.jsonl")
-
-
 @pytest.mark.parametrize("option", ["--fields", "--type"])
 def test_options_for_rows_need_rows(recipe, option):
     value = {"--fields": "question=Frage", "--type": "chat"}[option]
