@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.exceptions import NoSuchOption
 from typer.core import TyperCommand, TyperGroup
 
 from ..base import paths
@@ -34,15 +33,6 @@ def _write_examples(epilog: str | None, formatter: click.HelpFormatter) -> None:
 
 class RecipeCommand(TyperCommand):
     """A command; its epilog consists of examples, one per line."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse arguments; only `plan` estimates for a GPU of another machine."""
-        try:
-            return super().parse_args(ctx, args)
-        except NoSuchOption as error:
-            if ctx.info_name == "run" and error.option_name == "--gpu":
-                raise NoSuchOption("--gpu", possibilities=["plan --gpu"], ctx=ctx) from None
-            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write arguments, then options under their headings."""
