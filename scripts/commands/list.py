@@ -138,12 +138,7 @@ def show_command(name: Name, json: Json = False) -> None:
     """Print a recipe's YAML, with the source of each setting."""
     recipe, file = paths.find_recipe(name)
     if json:
-        from ..data import studies
-
-        study = studies.study_of(recipe)
-        published = study.published.get(recipe) if study else None
-        scores = published.model_dump(exclude_none=True) if published else None
-        tables.print_json({"recipe": recipe, "config": yamlfiles.read_yaml(file), "published": scores})
+        tables.print_json({"recipe": recipe, "config": yamlfiles.read_yaml(file)})
     else:
         print(harmless(yamlfiles.masked_yaml(file)).lstrip("\n"), end="")
 
