@@ -90,7 +90,7 @@ WORDS = {"learning_rates": "schedule", "steps": "steps", "trainable": "parameter
 def equal_to_log(planned: PlannedLog) -> str:
     """Words for the figures without a remark that equal the log; empty if none does."""
     words = []
-    for figure in planned.compare().figures:
+    for figure in planned.compare():
         if figure.equal and figure.figure in WORDS.keys() - planned.log.remarks.keys():
             words.append(WORDS[figure.figure])
     return ", ".join(dict.fromkeys(words))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..base import tables, yamlfiles
+from ..base import tables
 from ..base.files import Row
 from ..base.hardware import GIB
 from ..base.paths import selected
@@ -19,7 +19,6 @@ from .options import Force, Json, Names, Overrides, Profiles, repeatable_option
 if TYPE_CHECKING:
     from ..config.gpus import Gpu
     from ..plan.plan import Fit, Plan, PlannedChange
-    from ..plan.published_log import ComparedFigure, ComparedLog
     from ..plan.work import Work
 
 commands = typer.Typer(rich_markup_mode=None)
@@ -56,13 +55,12 @@ def plan_command(
 
     targets = [_target(name) for name in gpu] or [(gpus.here(), None)]
     requests = [Request(name, profile, set_, gpus=gpu_count, force=force) for name in selected(names)]
-    log = json or len(requests) * len(targets) == 1
     plans = []
     with Bar("planning", len(requests)) as bar:
         for done, request in enumerate(requests, 1):
             bar.begin(f"planning {request.name}")
             for target, memory in targets:
-                plans.append((request.name, plan.plan_request(request, target, memory, all_rows, log)))
+                plans.append((request.name, plan.plan_request(request, target, memory, all_rows)))
             bar.update(done)
     if json:
         tables.print_json([{"recipe": name, **asdict(planned)} for name, planned in plans])
@@ -100,8 +98,6 @@ def _print_plan(planned: "Plan") -> None:
     print()
     if planned.work:
         tables.print_table([{"work": name, "": text} for name, text in _work(planned.work)], below=[""])
-    if planned.log:
-        _print_log(planned.log)
     for note in planned.notes:
         tables.print_text(f"note: {note}")
 
@@ -170,25 +166,6 @@ def _work(work: "Work") -> Iterator[tuple[str, str]]:
         yield "tokens per second", f"{work.tokens_per_second:,.0f}"
     if work.hours:
         yield "hours", f"{tables.hours(work.hours, work.at_most)} ({work.hours_are})"
-
-
-def _print_log(log: "ComparedLog") -> None:
-    """Print the figures of a published log beside the planned ones."""
-    print()
-    tables.print_text(f"published log: {log.source}")
-    if log.inputs:
-        tables.print_text(f"planned with its inputs: {yamlfiles.write_flow(log.inputs)}")
-    tables.print_table([_log_row(figure) for figure in log.figures], below=["remark"])
-
-
-def _log_row(figure: "ComparedFigure") -> Row:
-    """Row of a published figure beside the planned one."""
-    row = {"figure": figure.figure, "planned": None, "published": f"{figure.published:,}"}
-    if figure.planned is not None:
-        row |= {"planned": f"{figure.planned:,}", "difference": f"{figure.planned - figure.published:+,}"}
-    if figure.equal:
-        row["difference"] = "equal"
-    return row | {"remark": figure.remark or None}
 
 
 def _print_plans(plans: "list[tuple[str, Plan]]") -> None:

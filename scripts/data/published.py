@@ -80,7 +80,7 @@ class PublishedScore(Strict):
 
 
 Figure = Literal["steps", "learning_rates", "trainable", "adapter_bytes", "reserved_bytes"]
-"""Figure of a log that `recipe plan` computes."""
+"""Figure of a log that a plan computes."""
 
 
 class Log(Strict):

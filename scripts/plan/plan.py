@@ -12,10 +12,8 @@ from ..config.finding import Finding, override_errors, refuse
 from ..config.gpus import PARALLELISM_KEYS, Gpu, offloads, parallelism_of
 from ..config.merging import merge
 from ..config.training_settings import TrainingSettings
-from ..data import studies
 from . import steps, work
 from .allocator import Counts, Usage
-from .published_log import ComparedFigure, ComparedLog, PlannedLog
 from .step_plan import (
     CONTEXT,
     USABLE,
@@ -26,7 +24,7 @@ from .step_plan import (
     plan_step,
     required_gib,
 )
-from .work import TokenCount, Work
+from .work import Work
 
 SIZES = (8, 12, 16, 24, 40, 48, 80)
 """GPU memory sizes in GB, for a plan without a requested GPU."""
@@ -102,7 +100,6 @@ class Plan:
         changes: changes for a config that does not fit the requested GPU, mildest first.
         per_gpu: bytes on each of several GPUs, by parallelism.
         notes: limits of the figures.
-        log: published log of the recipe, beside a plan with the log's inputs.
     """
 
     model: str
@@ -118,7 +115,6 @@ class Plan:
     notes: list[str]
     changes: list[PlannedChange] = field(default_factory=list)
     work: Work | None = None
-    log: ComparedLog | None = None
 
 
 def plan_request(
@@ -126,7 +122,6 @@ def plan_request(
     gpu: Gpu | None = None,
     vram: float | None = None,
     data: bool = False,
-    log: bool = False,
 ) -> Plan:
     """Plan a request: parameters, memory and work.
 
@@ -134,7 +129,6 @@ def plan_request(
         gpu: the GPU to plan for.
         vram: a memory size in GiB to plan for, instead of a GPU.
         data: tokenize all training data to count tokens.
-        log: compare the recipe's published log, which takes some seconds.
 
     Raises:
         UserError: the config has an error that prevents a plan, or planning does not support it.
@@ -146,24 +140,7 @@ def plan_request(
     override_errors(findings, request.force)
     _add_findings(planned, findings)
     planned.work = work.work(composed, step_plan, gpu, request.gpus, lengths)
-    if log:
-        planned.log = _log(composed, gpu, planned.work)
     return planned
-
-
-def _log(composed: Composed, gpu: Gpu | None, training: Work) -> ComparedLog | None:
-    """Published log of a recipe, beside a plan with the log's inputs; None without a log."""
-    study = studies.study_of(composed.origin)
-    planned = study and PlannedLog.of(study, composed.origin, composed.config, gpu)
-    if not planned:
-        return None
-    compared = planned.compare()
-    declared = work.published(composed)
-    if declared and planned.log.is_of_recipe:
-        tokens = training.tokens if training.tokens_are is TokenCount.COUNTED else None
-        equal = tokens == declared.tokens
-        compared.figures.append(ComparedFigure("tokens", tokens, declared.tokens, equal, "counted with --all-rows"))
-    return compared if compared.figures else None
 
 
 def _add_findings(planned: Plan, findings: list[Finding]) -> None:

@@ -42,19 +42,6 @@ class ComparedFigure:
     remark: str = ""
 
 
-@dataclass(frozen=True)
-class ComparedLog:
-    """Published log beside a plan with the log's inputs.
-
-    Attributes:
-        inputs: inputs that are not the recipe's: `rows` and settings of Axolotl; and the number of skipped steps.
-    """
-
-    source: str
-    inputs: Config
-    figures: list[ComparedFigure]
-
-
 @dataclass
 class PlannedLog:
     """Plan of a recipe with the inputs of a published log.
@@ -101,24 +88,23 @@ class PlannedLog:
             points = read_points(study.folder / log.learning_rates, "learning_rate")
         return cls(log, config, step_plan, steps, points)
 
-    def compare(self) -> ComparedLog:
+    def compare(self) -> list[ComparedFigure]:
         """Compare the log with the plan, figure by figure.
 
         Raises:
             UserError: the step cannot be traced, or transformers refuses the schedule.
         """
-        log, memory = self.log, self.step_plan.memory
-        inputs = {"rows": log.rows, **log.settings, "skipped_steps": len(log.skipped_steps)}
+        memory = self.step_plan.memory
         with importing_axolotl():
             figures = [*self._rates()]
             figures += self._compared_figure("steps", self.steps)
             figures += self._compared_figure("trainable", memory.total("trainable"))
-            if log.adapter_bytes and self.step_plan.step.adapter:
+            if self.log.adapter_bytes and self.step_plan.step.adapter:
                 from .fake_step import adapter_bytes
 
                 figures += self._compared_figure("adapter_bytes", adapter_bytes(self.step_plan.step))
         figures += self._compared_figure("reserved_bytes", memory.usage.reserved)
-        return ComparedLog(log.source, {key: value for key, value in inputs.items() if value}, figures)
+        return figures
 
     def _compared_figure(self, figure: Figure, planned: int | None) -> Iterator[ComparedFigure]:
         """Planned figure beside that of the log, if the log has it."""

@@ -16,7 +16,6 @@ from qlora_recipes.commands.plan import _print_plan, _print_plans
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request
 from qlora_recipes.plan import plan, step_plan, steps, work
-from qlora_recipes.plan.published_log import ComparedFigure, ComparedLog
 from qlora_recipes.plan.work import TokenCount, Work
 
 TURING, AMPERE = (7, 5), (8, 0)
@@ -448,46 +447,6 @@ def test_rows_that_are_not_counted_are_unknown(capsys):
         "rows                  unknown; only complete rows in local JSONL files are counted",
         "operations per token  1.5e+10",
     ]
-
-
-PRINTED_LOG = """\
-
-published log: On sums, table 2
-planned with its inputs: {rows: 150406, num_epochs: 5, skipped_steps: 37}
-figure             planned   published  difference  remark
-learning_rates       3e-07       2e-07  +1e-07      of 940 rates
-steps               94,004      94,000  +4          they rounded down
-trainable       83,886,080  83,886,080  equal       –
-tokens                   –   4,198,051  –           counted with --all-rows
-note: a note
-"""
-PRINTED_SHORT_LOG = """\
-
-published log: On sums
-figure  planned  published  difference
-steps         5          5  equal
-note: a note
-"""
-
-
-def test_a_log_is_printed_beside_the_plan(capsys):
-    figures = [
-        ComparedFigure("learning_rates", 3e-07, 2e-07, False, "of 940 rates"),
-        ComparedFigure("steps", 94_004, 94_000, False, "they rounded down"),
-        ComparedFigure("trainable", 83_886_080, 83_886_080, True),
-        ComparedFigure("tokens", None, 4_198_051, False, "counted with --all-rows"),
-    ]
-    planned = planned_example(True)
-    planned.log = ComparedLog("On sums, table 2", {"rows": 150_406, "num_epochs": 5, "skipped_steps": 37}, figures)
-    _print_plan(planned)
-    assert capsys.readouterr().out.endswith(PRINTED_LOG)
-
-
-def test_a_log_with_the_recipes_inputs_prints_none(capsys):
-    planned = planned_example(True)
-    planned.log = ComparedLog("On sums", {}, [ComparedFigure("steps", 5, 5, True)])
-    _print_plan(planned)
-    assert capsys.readouterr().out.endswith(PRINTED_SHORT_LOG)
 
 
 def test_several_plans_are_printed_as_one_table(capsys):

@@ -12,13 +12,11 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import read_json
 from qlora_recipes.config import merging
-from qlora_recipes.config.compose import Request, compose
 from qlora_recipes.config.training_settings import TrainingSettings
 from qlora_recipes.data import published, studies
 from qlora_recipes.data.published import Ablation, Log
-from qlora_recipes.plan import fake_step, plan, published_log, step_plan
+from qlora_recipes.plan import fake_step, published_log, step_plan
 from qlora_recipes.plan.published_log import PlannedLog
-from qlora_recipes.plan.work import TokenCount, Work
 from qlora_recipes.run.rundir import PLUGIN, RunDir
 
 REFINEMENT = "haider2024/as-released/llama-3-8b"
@@ -69,7 +67,7 @@ def test_all_rates_are_planned_with_the_logs_steps_and_differ_with_todays(refine
     assert largest_difference(refinement, 94_000) <= 1e-18
     assert largest_difference(refinement, 94_004) == pytest.approx(8.552e-9, rel=1e-3)
     assert largest_difference(refinement, 94_005) == pytest.approx(1.069e-8, rel=1e-3)
-    rates = [figure for figure in refinement.compare().figures if figure.figure == "learning_rates"]
+    rates = [figure for figure in refinement.compare() if figure.figure == "learning_rates"]
     most = "of 940 rates, that which differs most, after step"
     assert [(figure.equal, figure.remark) for figure in rates] == [
         (True, f"{most} 100 of 94,000"),
@@ -82,7 +80,7 @@ def test_without_the_skipped_steps_the_rates_differ(refinement):
     planned = PlannedLog(
         Log(source="a", steps=94_000), refinement.config, refinement.step_plan, None, refinement.points
     )
-    [rates] = [figure for figure in planned.compare().figures if figure.figure == "learning_rates"]
+    [rates] = [figure for figure in planned.compare() if figure.figure == "learning_rates"]
     assert not rates.equal
     assert rates.planned
     assert rates.published - rates.planned == pytest.approx(37 * 2e-4 / 93_500)
@@ -91,7 +89,7 @@ def test_without_the_skipped_steps_the_rates_differ(refinement):
 @pytest.mark.parametrize("name", PEFTS)
 def test_the_adapters_of_pefts_comparison_have_the_published_bytes(name):
     planned = log_of(f"peft-metamathqa/lora-{name}")
-    figures = {figure.figure: (figure.planned, figure.equal) for figure in planned.compare().figures}
+    figures = {figure.figure: (figure.planned, figure.equal) for figure in planned.compare()}
     assert figures.pop("reserved_bytes")[1] is False
     assert figures == {
         "steps": (5000, True),
@@ -157,21 +155,6 @@ def test_a_schedule_that_lacks_a_setting_is_refused():
     assert refused.value.problem.startswith("transformers refuses warmup_stable_decay: ")
 
 
-def test_a_log_of_a_duration_alone_is_not_compared():
-    assert plan.plan_request(Request("evolcodellama/codellama-7b-qlora"), log=True).log is None
-
-
-def test_a_log_that_cannot_be_planned_prevents_no_other_plan(monkeypatch):
-    study = studies.study_of(REFINEMENT)
-    assert study
-    log = Log(source="a", steps=10, learning_rates="study.yaml")
-    monkeypatch.setattr(study, "ablations", {REFINEMENT: study.ablations[REFINEMENT].model_copy(update={"log": log})})
-    assert plan.plan_request(Request(REFINEMENT)).log is None
-    with pytest.raises(UserError) as refused:
-        plan.plan_request(Request(REFINEMENT), log=True)
-    assert "expected the columns step and learning_rate" in refused.value.problem
-
-
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
@@ -190,12 +173,8 @@ def test_a_wrong_setting_of_a_log_is_refused(settings, problem):
     assert str(refused.value).splitlines()[0] == f"{place}: error: {problem}"
 
 
-def test_a_plan_shows_the_log_with_its_inputs(recipe):
-    [planned] = recipe.json("plan", REFINEMENT, "--gpu", "T4")
-    log = planned["log"]
-    settings = {"num_epochs": 5, "micro_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert log["inputs"] == {"rows": 150_406, **settings, "skipped_steps": 37}
-    assert [(figure["figure"], figure["equal"]) for figure in log["figures"]] == [
+def test_each_figure_of_a_log_is_compared(refinement):
+    assert [(figure.figure, figure.equal) for figure in refinement.compare()] == [
         ("learning_rates", True),
         ("learning_rates", False),
         ("steps", False),
@@ -242,23 +221,6 @@ def test_learning_rates_that_cannot_be_read_are_refused(tmp_path):
         f"{place}: expected the columns step and learning_rate with a number in each row (KeyError('learning_rate'))"
     )
     assert str(refused.value) == expected
-
-
-@pytest.mark.parametrize(
-    ("tokens", "origin", "expected"),
-    [
-        pytest.param(4_198_051, TokenCount.COUNTED, (4_198_051, True), id="equal"),
-        pytest.param(4_198_050, TokenCount.COUNTED, (4_198_050, False), id="one less"),
-        pytest.param(4_198_051, TokenCount.DECLARED, (None, False), id="not counted"),
-    ],
-)
-def test_counted_tokens_are_compared_with_those_of_the_study(tokens, origin, expected):
-    composed = compose(Request("peft-metamathqa/lora-rank32"))
-    log = plan._log(composed, None, Work(20_000, "", tokens, origin, 5000, 1e10, None, None))
-    assert log
-    [compared] = [figure for figure in log.figures if figure.figure == "tokens"]
-    assert (compared.planned, compared.equal) == expected
-    assert compared.published == 4_198_051
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {
