@@ -40,7 +40,7 @@ class RunDir:
         self.output = path / RunFile.OUTPUT
         self.adapter = self.output / RunFile.ADAPTER
         self._json = path / RunFile.RECORD
-        self._jobs = path / RunFile.JOBS
+        self.jobs_file = path / RunFile.JOBS
         self._lock = path / RunFile.LOCK
 
     def runs(self, recipe: str) -> Path:
@@ -134,16 +134,16 @@ class RunDir:
             UserError: jobs.json is damaged.
         """
         try:
-            return _JOBS.validate_python(parse_json(read_bytes(self._jobs)))
+            return _JOBS.validate_python(parse_json(read_bytes(self.jobs_file)))
         except FileNotFoundError:
             return []
         except (OSError, ValueError):
-            raise UserError(f"{self._jobs}: damaged; move it away once no job of the run is in the queue") from None
+            raise UserError(f"{self.jobs_file}: damaged; move it away once no job of the run is in the queue") from None
 
     def add_job(self, job: Job) -> None:
         """Record a job."""
         with held(self.path / RunFile.JOBS_LOCK, "another process is recording a job", LOCK_TIMEOUT):
-            write_atomically(self._jobs, _JOBS.dump_json([*self.jobs(), job], indent=2).decode() + "\n")
+            write_atomically(self.jobs_file, _JOBS.dump_json([*self.jobs(), job], indent=2).decode() + "\n")
 
     def refuse_links(self) -> None:
         """Refuse links to folders outside the run's folder; commands would write through them.

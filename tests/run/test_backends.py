@@ -100,4 +100,4 @@ def test_a_run_whose_backend_is_unknown_is_refused(place):
     run.add_job(Job(backend="elsewhere", id="1", step="run", user="me", script="job.sh"))
     with pytest.raises(backends.UserError) as refused:
         backends.job_state(run, "run")
-    assert str(refused.value) == "no backend is called elsewhere; the backends are detached, local, slurm"
+    assert str(refused.value) == f"{place}/jobs.json: no backend is called elsewhere; move the file away"

@@ -243,10 +243,16 @@ def job_state(run_dir: RunDir, step: str, words: Sequence[str] | None = None) ->
     """
     for job in run_dir.jobs():
         if job.step == step and words in (None, job.words):
-            state = BACKENDS.find(job.backend).state(run_dir, job)
+            state = _backend_of(run_dir, job).state(run_dir, job)
             if state:
                 return state
     return None
+
+
+def _backend_of(run_dir: RunDir, job: Job) -> type[Backend]:
+    if job.backend not in BACKENDS:
+        raise UserError(f"no backend is called {job.backend}", file=run_dir.jobs_file, remedy="move the file away")
+    return BACKENDS[job.backend]
 
 
 def stop_holders(locks: Iterable[Path]) -> list[str]:
@@ -265,7 +271,7 @@ def cancel(folders: Iterable[RunDir], locks: Iterable[Path] = ()) -> list[str]:
     for folder in folders:
         asked = []
         for job in reversed(folder.jobs()):  # first those that wait for others, and would then start
-            asked += BACKENDS.find(job.backend).cancel(folder, job)
+            asked += _backend_of(folder, job).cancel(folder, job)
         # ask each run only once: a second request would stop training without a checkpoint
         asked = asked or stop_holders(folder.path.rglob("*lock"))
         messages += [f"{folder.path}: {message}" for message in asked]
