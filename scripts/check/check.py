@@ -2,15 +2,18 @@
 
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, recipe_command
-from ..base.files import Row
+from ..base.files import Row, digest, read_json, write_json
 from ..base.hub import importing_axolotl
+from ..base.processes import package_version
 from ..base.yamlfiles import Config
-from ..config import compose, models, substitution
+from ..config import compose, datafiles, models, substitution
 from ..config.compose import Composed, Request
 from ..config.finding import LEVELS, NO_BATCH, Finding, override_errors, refuse, remaining_errors
 from ..config.gpus import Gpu
@@ -29,6 +32,7 @@ class Report:
         composed: the config; None if it could not be read.
         data: one row per data set: its files, rows and bytes, and its lengths in tokens if known.
         validated: Axolotl has validated the config.
+        compared: a sample of the rows was compared with its tokens.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     data: list[Row] = field(default_factory=list)
     validated: bool = False
+    compared: bool = False
 
     def as_json(self) -> Row:
         """The report for --json."""
@@ -99,6 +104,17 @@ def check_request(
     except UserError as error:
         report.add([_unreadable(request.name, error)])
     return report
+
+
+def compare_rows(report: Report, request: Request) -> None:
+    """Compare some rows of a checked config with their tokens, if the rows and the tokenizer are on this machine."""
+    errors = remaining_errors(report.findings, request.force)
+    if report.composed is None or any(error.scope in ("code", "step") for error in errors):
+        return
+    try:
+        report.compared = compare_sample(report, report.composed, request.ranks)
+    except UserError as error:
+        report.add([_unreadable(report.name, error)])
 
 
 def tokenize_all(report: Report, request: Request) -> None:
@@ -255,27 +271,58 @@ def has_tokenizer(composed: Composed) -> bool:
     return models.find(composed.config).tokenizer_here
 
 
-def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None = None) -> None:
-    """Tokenize the rows with Axolotl; add findings and lengths in tokens to a report.
+def tokenize(report: Report, composed: Composed, gpus: int = 1) -> None:
+    """Tokenize all rows with Axolotl; add findings and lengths in tokens to a report.
 
     Args:
         report: the report.
         composed: the config, whose tokenizer is on this machine.
         gpus: the number of GPUs that train.
-        most: the number of first rows to tokenize in each data set; None for all.
     """
     with importing_axolotl():
         from . import token_lengths
 
-        findings, measured = token_lengths.lengths(composed.config, most, gpus)
+        findings, measured = token_lengths.lengths(composed.config, None, gpus)
     report.add(placed(findings, composed))
     by_key = {measures["key"]: measures for measures in measured}
     for size in report.data:
         size.update(by_key.get(size["key"], {}))
 
 
-SOME = 1000
-"""Number of rows per data set to tokenize before a run."""
+SAMPLE = 200
+"""Number of rows per data set that a check compares with their tokens."""
+_VERSION = 1
+"""Version of the cached findings about them; raise it when the comparison changes."""
+
+
+def compare_sample(report: Report, composed: Composed, gpus: int = 1) -> bool:
+    """Add findings about some rows and their tokens to a report; False if the rows or the tokenizer are not here.
+
+    The findings of earlier checks of the same rows and settings are reused: importing Axolotl takes 10 s.
+
+    Raises:
+        UserError: Axolotl refuses the config or the tokenizer.
+    """
+    files = chain.from_iterable(datafiles.local_files(dataset.entry) for dataset in datafiles.datasets(composed.config))
+    if not all(file.is_file() for file in files) or not has_tokenizer(composed):
+        return False
+    data = datafiles.record(composed.config)
+    if not data:
+        return False
+    versions = [package_version(name) for name in ("axolotl", "transformers", "datasets")]
+    depends = [_VERSION, versions, gpus, replace(composed, data=data).digest, str(models.folder_of(composed.config))]
+    file = paths.cache() / "compared" / f"{digest(depends)[:24]}.json"
+    rows = read_json(file).get("findings")
+    if rows is None:
+        with importing_axolotl():
+            from . import token_lengths
+
+            findings, _ = token_lengths.lengths(composed.config, SAMPLE, gpus)
+        rows = [asdict(finding) for finding in findings]
+        with suppress(OSError):
+            write_json(file, {"findings": rows})
+    report.add(placed([Finding(**row) for row in rows], composed))
+    return True
 
 
 def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[list[int], float]:

@@ -2,9 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from itertools import batched, chain, groupby, islice
-from typing import Any
 
 import numpy
 
@@ -15,12 +13,12 @@ from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..config.datafiles import DatasetRef
 from ..config.finding import NO_BATCH, Faults, Finding
-from ..config.substitution import uses_small_model
 from ..config.training_settings import TrainingSettings
 from ..data.raw_rows import parquet_batches
 from ..training.losses import MASKED
 from ..training.row_types import row_type
-from ..training.tokens import Tokenizer, Tokens, count_packed, end_ids, padding, unknown_roles
+from ..training.tokens import Tokenizer, Tokens, count_packed, padding, unknown_roles
+from .rendered_rows import RenderedRows
 from .rows import Place, Wording, lines_of, readable
 
 _MOST_REFUSED = 20  # rows of a data set that Axolotl cannot tokenize; finding each takes ten calls or more
@@ -75,12 +73,12 @@ def _marked_text(tokenizer: Tokenizer, tokens: Tokens) -> str:
     return text
 
 
-def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[list[Finding], list[Row]]:
+def lengths(content: Config, sample: int | None = None, gpus: int = 1) -> tuple[list[Finding], list[Row]]:
     """Check each data set's tokenized rows and measure their lengths; skip JSONL rows that Axolotl cannot read.
 
     Args:
         content: the config.
-        most: the number of first rows to read from each data set; None for all.
+        sample: the number of rows to read from each data set, drawn over the file; None for all.
         gpus: the number of GPUs that train.
 
     Returns:
@@ -92,8 +90,9 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
     for dataset in datafiles.datasets(content):
         total = datafiles.count_jsonl(dataset.entry)
         tokenized = _TokenizedSet(tokenizer, dataset)
-        with Bar(f"tokenize {dataset.key}", most or total) as bar:
-            for batch in batched(islice(_numbered(tokenizer, dataset), most), 1000):
+        step = max(1, total // sample) if sample else 1
+        with Bar(f"tokenize {dataset.key}", sample or total) as bar:
+            for batch in batched(islice(_numbered(tokenizer, dataset, step), sample), 1000):
                 tokenized.add(batch)
                 if tokenized.is_given_up:
                     break
@@ -122,7 +121,6 @@ class _TokenizedSet:
         rows: number of rows that Axolotl has tokenized.
         sizes: lengths in tokens; the type completion makes several of one row.
         learnt: numbers of tokens trained on.
-        learns_end: an EOS or end-of-turn token is trained on.
         refused: number of rows that Axolotl cannot tokenize.
     """
 
@@ -130,19 +128,12 @@ class _TokenizedSet:
         self.tokenizer = tokenizer
         self.dataset = dataset
         self.kind = tokenizer.entry(dataset)["type"]
-        self.ends = end_ids(tokenizer.cfg, tokenizer.tokenizer)
+        self.rendered = RenderedRows(tokenizer, dataset)
         self.rows = 0
         self.sizes: list[int] = []
         self.learnt: list[int] = []
-        # the author of an input_output row writes the EOS token; the small model's tokenizer may not know it
-        self.learns_end = self.kind == "input_output" and uses_small_model(tokenizer.cfg)
         self.refused = 0
         self.faults = Faults()
-
-    @cached_property
-    def chats(self) -> Any:
-        """Axolotl's strategy for the chats."""
-        return self.tokenizer.chat_strategy(self.dataset)
 
     @property
     def is_given_up(self) -> bool:
@@ -179,9 +170,10 @@ class _TokenizedSet:
         for tokens in tokenized:
             self.sizes.append(len(tokens.ids))
             self.learnt.append(tokens.learnt)
-            if not self.ends.isdisjoint(tokens.labels):
-                self.learns_end = True
-        if len(tokenized) == len(rows):
+        if len(tokenized) != len(rows):
+            self.rendered.add_pieces(tokenized)
+        else:
+            self.rendered.add(rows, tokenized)
             for (place, _), tokens in zip(rows, tokenized, strict=True):
                 if not tokens.learnt:
                     self.faults.note("nothing-learnt", "", *place)
@@ -190,8 +182,8 @@ class _TokenizedSet:
 
     def _check_roles(self, rows: Sequence[tuple[Place, Row]]) -> None:
         for place, row in rows:
-            for role in unknown_roles(self.chats, row):
-                near = did_you_mean(role.lower(), [*self.chats.prompter.roles])
+            for role in unknown_roles(self.rendered.chats, row):
+                near = did_you_mean(role.lower(), [*self.rendered.chats.prompter.roles])
                 about = f"{role[:60]}, unknown to `roles` and the template{near}"
                 self.faults.note("unknown-role", about, *place)
 
@@ -241,9 +233,7 @@ class _TokenizedSet:
             problem = f"stopped after {self.refused} rows that Axolotl cannot read"
             yield Finding("note", "not-checked", f"{key}.path", problem)
         yield from self._long_rows()
-        if self.sizes and self.dataset.is_training and not self.learns_end:
-            problem = "no EOS or end-of-turn token is trained on: the model would not learn to stop"
-            yield Finding("warning", "eos-masked", f"{key}.type", problem, "inspect rows with --show-tokens")
+        yield from self.rendered.findings()
 
     def _long_rows(self) -> Iterator[Finding]:
         """Finding about rows longer than sequence_len, by what Axolotl does with them."""
@@ -257,8 +247,12 @@ class _TokenizedSet:
             level, consequence = "error", "an error"
         else:
             level, consequence = "error" if long == rows else "warning", "dropped"
-        problem = f"{long} of {rows} rows exceed sequence_len, {cfg.sequence_len}: {consequence}"
+        limit = f"sequence_len, {cfg.sequence_len}"
         remedy = f"the longest has {max(self.sizes)} tokens"
+        if "sequence_len" not in self.tokenizer.content:
+            level, limit = "error", f"{cfg.sequence_len} tokens, the default of sequence_len"
+            remedy = f"set it; {remedy}"
+        problem = f"{long} of {rows} rows exceed {limit}: {consequence}"
         yield Finding(level, "too-long", f"{self.dataset.key}.path", problem, remedy)
 
     def packing_findings(self, gpus: int) -> Iterator[Finding]:
@@ -277,7 +271,7 @@ class _TokenizedSet:
         yield Finding("error", NO_BATCH, "micro_batch_size", problem, remedy, rule_scope="data")
 
 
-def _numbered(tokenizer: Tokenizer, dataset: DatasetRef) -> Iterator[tuple[Place, Row]]:
+def _numbered(tokenizer: Tokenizer, dataset: DatasetRef, step: int = 1) -> Iterator[tuple[Place, Row]]:
     """Rows of a data set's local files, each with file and line; for formats other than JSONL, with the row's number.
 
     Rows beyond the data set's split are left out, and JSONL rows that Axolotl cannot read. Axolotl loads the
@@ -293,7 +287,7 @@ def _numbered(tokenizer: Tokenizer, dataset: DatasetRef) -> Iterator[tuple[Place
         return
     lines = chain.from_iterable(map(lines_of, files))
     kind = row_type(dataset.entry)
-    for place, line in islice(lines, datafiles.first_rows(dataset.entry)):
+    for place, line in islice(lines, 0, datafiles.first_rows(dataset.entry), step):
         row = readable(kind, line)
         if row is not None:
             yield place, row

@@ -70,7 +70,7 @@ def check_command(
         tables.print_json([report.as_json() for report in reports])
     else:
         _print(reports)
-    _say_counts(reports, _skipped(data, quick))
+    _say_counts(reports, _skipped(reports, data, quick))
     if all(report.validated for report in reports):  # an incomplete check recommends no next step
         _suggest_next(names, gpu, requests, json)
 
@@ -131,10 +131,14 @@ def _say_counts(reports: "list[Report]", skipped: str) -> None:
         raise typer.Exit(2)
 
 
-def _skipped(data: bool, quick: bool) -> str:
+def _skipped(reports: "list[Report]", data: bool, quick: bool) -> str:
     """Parts of the check that were left out."""
+    from ..check.check import SAMPLE
+
     text = ""
-    if not data:
+    if all(report.compared for report in reports):
+        text += f", at most {SAMPLE} rows read (--all-rows)"
+    elif not data:
         text += ", rows not read (--all-rows)"
     if quick:
         text += ", not validated by Axolotl (--quick)"
@@ -156,9 +160,11 @@ def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, quick: bo
         with Bar("validating with Axolotl", 1):
             check.add_validation(reports, gpu)
     for request, report in zip(requests, reports, strict=True):
-        if data:
-            with Bar(f"tokenizing {report.name}", 1):
+        with Bar(f"tokenizing {report.name}", 1):
+            if data:
                 check.tokenize_all(report, request)
+            elif not quick:
+                check.compare_rows(report, request)
         plan.add_memory_finding(report, gpu)
         override_errors(report.findings, request.force)
     return reports

@@ -143,6 +143,14 @@ def architecture_here(config: Config) -> Config:
     return {}
 
 
+def stop_ids(config: Config) -> set[int]:
+    """Tokens at which generation with a config's base model stops, without the tokenizer's; empty if unknown."""
+    stops = read_json(folder_of(config) / "generation_config.json").get("eos_token_id")
+    if stops is None:
+        stops = architecture_here(config).get("eos_token_id")
+    return set(stops if isinstance(stops, list) else [stops]) - {None}
+
+
 def ties_embeddings(architecture: Config) -> bool:
     """True if a model's lm_head is its embed_tokens, as by default for Gemma, whose config.json lacks the key."""
     is_gemma = str(architecture.get("model_type")).startswith("gemma")

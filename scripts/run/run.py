@@ -18,7 +18,7 @@ from ..base.yamlfiles import Config
 from ..check import check
 from ..config import datafiles, gpus, keys, substitution
 from ..config.compose import Composed, Request, compose, filled, is_rehearsal
-from ..config.finding import Finding, override_errors, refuse, unknown_force
+from ..config.finding import Finding, override_errors, refuse, remaining_errors, unknown_force
 from ..training.run_record import Run, collect
 from . import backends, launch, trust
 from .backends import Backend, Command, Task, TaskResult
@@ -50,28 +50,16 @@ def compose_and_check(request: Request, backend: Backend) -> Composed:
             from ..plan import plan
 
             plan.add_memory_finding(report, gpu, request.ranks, trace=starts)
+        if starts and not remaining_errors(report.findings, request.force):
+            check.compare_rows(report, request)
     if not starts:
         for finding in report.findings:
             if finding.scope == "data":
                 finding.level = "note"
     _print(refuse(backend.relevant(report.findings), request.force))
     if starts:
-        if not backend.tokenizes_soon(composed):
-            _check_first_rows(composed, request)
         composed.data = datafiles.record(composed.config)
     return composed
-
-
-def _check_first_rows(composed: Composed, request: Request) -> None:
-    """Tokenize the first rows with Axolotl, and print the findings.
-
-    Raises:
-        UserError: rows have errors.
-    """
-    if check.has_tokenizer(composed):
-        report = check.Report(composed.recipe, composed)
-        check.tokenize(report, composed, request.ranks, most=check.SOME)
-        _print(refuse(report.findings))
 
 
 def _print(findings: Iterable[Finding]) -> None:

@@ -30,6 +30,19 @@ class RowMistake:
         return self.rule in ("bad-row", "other-fields")
 
 
+def texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Paths and texts within a value, apart from names of types and numbers of calls."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts(item, f"{path}[]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in ("type", "id"):
+                yield from texts(item, f"{path}.{key}")
+
+
 @lru_cache(1000)
 def misspelt(names: tuple[str, ...], fields: tuple[str, ...]) -> dict[str, str]:
     """Missing fields of a row, each with the misspelt name that the row has instead.
@@ -75,6 +88,12 @@ class RowType:
         """Names and texts of what precedes the answer; for an unknown type, all texts of the row."""
         texts = {name: row.get(name) for name in self.names or row if name != self.reference}
         return [(name, text) for name, text in texts.items() if text and isinstance(text, str)]
+
+    def texts_of(self, row: Row) -> Iterator[tuple[str, str]]:
+        """Paths and texts of all fields that training reads."""
+        for name in self.names:
+            if isinstance(row.get(name), str):
+                yield name, row[name]
 
     def answer_of(self, row: Row) -> str:
         """Text that the model learns to answer; empty if the type has no field for it."""
@@ -168,6 +187,10 @@ class Segments(Tokenized):
         """Texts of the pieces that the model does not learn."""
         return [("text", item["text"]) for item in self.items_of(row) if not item["label"]]
 
+    def texts_of(self, row: Row) -> Iterator[tuple[str, str]]:
+        for item in self.items_of(row):
+            yield "segments[].text", item["text"]
+
     def further_mistakes(self, row: Row) -> Iterator[RowMistake]:
         keys = ("text", "label")
         for item in self.items_of(row):
@@ -208,6 +231,14 @@ class Chat(Tokenized):
         return super().prompt_of(row) + [
             (str(turn.get(self.role)), str(turn.get(self.content) or "")) for turn in turns
         ]
+
+    def texts_of(self, row: Row) -> Iterator[tuple[str, str]]:
+        path = f"{self.messages}[]"
+        for message in self.items_of(row):
+            for key in (self.content, *self.other_keys):
+                if key not in ("tool_call_id", "name"):  # for the program that reads the chat
+                    yield from texts(message.get(key), f"{path}.{key}")
+        yield from texts(row.get("system"), "system")
 
     def answer_of(self, row: Row) -> str:
         turns = self.items_of(row) or [{}]

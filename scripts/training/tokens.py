@@ -9,7 +9,9 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, tzinfo
 from itertools import batched, chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,16 +26,17 @@ from axolotl.utils.config import normalize_cfg_datasets, normalize_config
 from axolotl.utils.data import prepare_datasets, sft
 from axolotl.utils.data.shared import datasets_with_name_generator
 from axolotl.utils.data.wrappers import get_dataset_wrapper
-from axolotl.utils.dict import DictDefault
+from axolotl.utils.dict import DictDefault, remove_none_values
 from axolotl.utils.samplers import MultipackBatchSampler
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from torch.utils.data import RandomSampler
 from transformers import AutoTokenizer
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import chat_template_utils
 
 from ..base.errors import UserError, with_type
-from ..base.files import Row, json_rows
+from ..base.files import Row, json_rows, write_rows
 from ..base.processes import end_with_parent
 from ..base.terminal import Bar
 from ..base.yamlfiles import Config
@@ -42,7 +45,7 @@ from ..config.datafiles import DatasetRef
 from ..config.training_settings import TrainingSettings
 from . import chat_templates
 from .losses import MASKED
-from .row_types import Chat, row_type
+from .row_types import Chat, RowType, row_type
 from .validation import validated
 
 disable_progress_bar()
@@ -51,6 +54,7 @@ chat_templates.bound()
 os.register_at_fork(after_in_child=end_with_parent)
 
 _NO_LIMIT = 2**24  # tokens
+_NUMBER = re.compile(r"\[\d+\]")
 LOSS_ON_ANSWERS = {  # overrides keys of chat data sets that can put loss on more than the answers
     "roles_to_train": ["assistant"],
     "train_on_eos": "turn",
@@ -71,14 +75,19 @@ class Tokens:
         """Number of tokens trained on."""
         return sum(label != MASKED for label in self.labels)
 
-    def parts(self) -> tuple[list[int], list[int]]:
-        """Prompt and answer: the last sequence of tokens with loss, and all before it; empty if no token has loss."""
+    def last_part(self) -> tuple[int, int]:
+        """Start and end of the last sequence of tokens with loss; (0, 0) if no token has loss."""
         end = len(self.labels)
         while end > 0 and self.labels[end - 1] == MASKED:
             end -= 1
         start = end
         while start > 0 and self.labels[start - 1] != MASKED:
             start -= 1
+        return start, end
+
+    def parts(self) -> tuple[list[int], list[int]]:
+        """Prompt and answer: the last sequence of tokens with loss, and all before it; empty if no token has loss."""
+        start, end = self.last_part()
         return self.ids[:start], self.ids[start:end]
 
 
@@ -140,6 +149,7 @@ class Tokenizer:
     """
 
     def __init__(self, content: Config):
+        self.content = content
         try:
             self.cfg = as_trained(content)
             self.tokenizer = load_tokenizer(self.cfg)
@@ -243,6 +253,65 @@ def trained_on(content: Config) -> tuple[list[int], float]:
         for rows in tokenizer.split()[0].select_columns("input_ids").iter(1000):
             sizes += map(len, rows["input_ids"])
     return sizes, 0.0 if content.get("sample_packing") else padding(tokenizer.cfg, sizes)
+
+
+def read_keys(strategy: Any) -> set[str]:
+    """Fields of messages that a chat's data set or the template reads."""
+    prompter = strategy.prompter
+    fields = {prompter.message_field_training, prompter.message_field_training_detail} - {None}
+    return {*prompter.message_property_mappings.values(), *prompter.chat_template_msg_variables, *fields}
+
+
+@contextmanager
+def on_day(seconds: float) -> Iterator[None]:
+    """Let chat templates write the date of a time, in seconds since 1970."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Clock":
+            return cls.fromtimestamp(seconds, tz)
+
+    with patch.object(chat_template_utils, "datetime", Clock):
+        yield
+
+
+def changed_by_loading(rows: Sequence[Row], kind: RowType) -> list[list[str]]:
+    """For each row of a JSONL file, the paths of values that change between the file and Axolotl's code.
+
+    The loader makes one table of all rows; for chats, Axolotl then removes each null.
+    """
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "rows.jsonl")
+        write_rows(file, rows)
+        try:
+            loaded = Dataset.from_json(str(file), cache_dir=folder)
+        except Exception:  # tokenizing the rows reports it
+            return [[] for _ in rows]
+        tables = [remove_none_values(row) for row in loaded]
+    changes = []
+    for row, table in zip(rows, tables, strict=True):
+        after = dict(_values(table, ""))
+        paths = set()
+        for path, value in _values({name: row[name] for name in kind.names if name in row}, ""):
+            is_missing = (
+                value is None and path.count(".") <= 2
+            )  # to a template, null and no field of a message are equal
+            if not is_missing and repr(after.get(path, ...)) != repr(value):
+                paths.add(_NUMBER.sub("[]", path.lstrip(".")))
+        changes.append(sorted(paths))
+    return changes
+
+
+def _values(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Paths and values of what a row contains, without mappings and lists."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _values(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _values(item, f"{path}[{index}]")
+    else:
+        yield path, value
 
 
 def unknown_roles(strategy: Any, row: Row) -> list[str]:

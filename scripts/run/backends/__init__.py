@@ -136,10 +136,6 @@ class Backend(ABC):
         """Findings that apply to the backend: by default, not those about this machine."""
         return [finding for finding in findings if finding.scope != "machine"]
 
-    def tokenizes_soon(self, composed: "Composed") -> bool:
-        """True if training reports the errors of rows soon after its start."""
-        return False
-
     @abstractmethod
     def preview(self, task: Task) -> str:
         """Config or scripts with which `carry_out` would start a training; nothing is written."""

@@ -24,7 +24,7 @@ from ..rundir import RunDir
 from . import BACKENDS, DOES, DONE, Backend, Command, Task
 
 if TYPE_CHECKING:
-    from ...config.compose import Composed, Request
+    from ...config.compose import Request
 
 _AGAIN = "run the same command again to continue"
 
@@ -72,12 +72,6 @@ class Local(Backend):
     def relevant(self, findings: Iterable[Finding]) -> list[Finding]:
         """All findings."""
         return list(findings)
-
-    def tokenizes_soon(self, composed: "Composed") -> bool:
-        """True for rehearsals and training on the CPU: otherwise, the loading of the model or packing takes long."""
-        if composed.config.get("sample_packing"):
-            return False
-        return composed.rehearsal or not here()
 
     def preview(self, task: Task) -> str:
         """The config, without secrets."""

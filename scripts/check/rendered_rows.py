@@ -1,0 +1,290 @@
+"""Rows beside the training text that Axolotl makes of them: what it leaves out, adds, masks and dates."""
+
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from functools import cached_property
+from typing import Any
+
+from ..base.errors import UserError
+from ..base.files import Row
+from ..base.yamlfiles import Config, write_flow
+from ..config import datafiles, models
+from ..config.datafiles import DatasetRef
+from ..config.finding import Faults, Finding
+from ..config.substitution import uses_small_model
+from ..training.row_types import Chat, Segments, row_type
+from ..training.tokens import Tokenizer, Tokens, changed_by_loading, end_ids, on_day, read_keys
+from .rows import Place, Wording
+
+_PIECES = re.compile(r"(?<=>)|(?=<)|\n")
+"""Where to divide a text: templates leave out lines, or what stands between tags."""
+_MOST_EXAMPLE = 60  # characters
+_MOST_UNENDED = 0.1  # share of rows without their end; more is an error
+_DATED = 3  # rows that show if a template writes the date
+_DAYS = (981173106, 1795996800)
+"""Two times in seconds since 1970, on different days of week, month and year."""
+_FIXED_DATE = {"date_string": "26 Jul 2024"}
+"""Argument of Llama's templates, with the date that they write if they know no other."""
+_EMPTY_REASONING = {"enable_thinking": False}
+"""Argument of Qwen's templates, which then put an empty reasoning into the generation prompt."""
+
+_MASKS = ("weight", "train", "training", "trainable", "loss")
+"""Fields by which formats of other programs exclude a message from training."""
+
+_WORDING = {
+    "text-left-out": Wording("warning", "{n}: the training text lacks text of {about}", "see --show-tokens"),
+    "changed-row": Wording("warning", "{n}: loading changes {about}", "write nested values as JSON text"),
+    "ignored-mask": Wording("error", "{n}: messages have `{about}`, which Axolotl ignores", ""),
+    "doubled-bos": Wording("error", "{n} with {about} twice at the beginning", "remove it from the rows or the format"),
+    "other-prompt": Wording("warning", "{n}: training and generation prompt differ", ""),
+    "end-masked": Wording("warning", "{n} whose last answer has no end to learn", "inspect rows with --show-tokens"),
+    "end-cut": Wording("warning", "{n} lose the end of the answer, because sequence_len truncates them", ""),
+}
+
+
+def squeezed(text: str) -> str:
+    """A text without white space, and in the form NFKC, as some tokenizers normalize it."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+class RenderedRows:
+    """Compares rows of a data set with their tokens.
+
+    Attributes:
+        rows: number of rows with tokens trained on.
+        ends: tokens that end an answer in training.
+        ended: number of rows with such a token at the end of what is trained on.
+        learnt_ends: those tokens.
+        first: the first rows, for what all rows have in common.
+        left_out: number of characters that training lacks, by the path of their field.
+        unread: fields of messages that neither Axolotl nor the template reads.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, dataset: DatasetRef):
+        self.tokenizer = tokenizer
+        self.dataset = dataset
+        self.entry = tokenizer.entry(dataset)
+        self.kind = row_type(dataset.entry)
+        self.ends = end_ids(tokenizer.cfg, tokenizer.tokenizer)
+        self.faults = Faults()
+        self.rows = 0
+        self.ended = 0
+        self.learnt_ends = set[int]()
+        self.first: list[tuple[Row, Tokens]] = []
+        self.left_out = Counter[str]()
+        self.unread = set[str]()
+
+    @cached_property
+    def chats(self) -> Any:
+        """Axolotl's strategy for the chats."""
+        return self.tokenizer.chat_strategy(self.dataset)
+
+    @cached_property
+    def read_keys(self) -> set[str]:
+        """Fields of messages that Axolotl or the template reads."""
+        return read_keys(self.chats)
+
+    def add(self, rows: Sequence[tuple[Place, Row]], tokenized: Sequence[Tokens]) -> None:
+        """Compare more rows, each with its tokens."""
+        texts = self.tokenizer.tokenizer.batch_decode([tokens.ids for tokens in tokenized], skip_special_tokens=False)
+        for (place, row), tokens, text in zip(rows, tokenized, texts, strict=True):
+            self._compare_text(place, row, text)
+            self._compare_bos(place, tokens)
+            if tokens.learnt:
+                self._compare_end(place, tokens)
+            if isinstance(self.kind, Chat):
+                self._compare_keys(place, row, self.kind)
+                self._compare_prompt(place, row, tokens)
+        self.first += [(row, tokens) for (_, row), tokens in zip(rows, tokenized, strict=True)][:_DATED]
+        if datafiles.jsonl_files(self.dataset.entry):
+            for (place, _), paths in zip(rows, changed_by_loading([row for _, row in rows], self.kind), strict=True):
+                for path in paths:
+                    self.faults.note("changed-row", path, *place)
+
+    def add_pieces(self, tokenized: Sequence[Tokens]) -> None:
+        """Compare the pieces of rows that Axolotl divides; only the last piece of a row has an end."""
+        for tokens in tokenized:
+            learnt = self.ends.intersection(tokens.labels)
+            self.rows += bool(tokens.learnt)
+            self.ended += bool(learnt)
+            self.learnt_ends |= learnt
+
+    def _compare_text(self, place: Place, row: Row, rendered: str) -> None:
+        """Find text of the row's fields that the training text lacks."""
+        whole = squeezed(rendered)
+        for path, text in self.kind.texts_of(row):
+            pieces = [] if _is_in(text, whole) else _left_out(text, whole)
+            if pieces:
+                self.left_out[path] += sum(map(len, pieces))
+                self.faults.note("text-left-out", path, *place, pieces[0][:_MOST_EXAMPLE])
+
+    def _compare_bos(self, place: Place, tokens: Tokens) -> None:
+        bos = self.tokenizer.tokenizer.bos_token_id
+        if bos is not None and tokens.ids[:2] == [bos, bos]:
+            self.faults.note("doubled-bos", self.tokenizer.tokenizer.bos_token, *place)
+
+    def _compare_end(self, place: Place, tokens: Tokens) -> None:
+        """Find rows whose last part with loss does not end, or loses its end by truncation."""
+        self.rows += 1
+        start, end = tokens.last_part()
+        learnt = self.ends.intersection(tokens.ids[start:end])
+        if not learnt:
+            self.faults.note("end-masked", "", *place)
+            return
+        self.ended += 1
+        self.learnt_ends |= learnt
+        if end > self.tokenizer.cfg.sequence_len and self.tokenizer.cfg.excess_length_strategy == "truncate":
+            self.faults.note("end-cut", "", *place)
+
+    def _compare_keys(self, place: Place, row: Row, kind: Chat) -> None:
+        """Find fields of messages that Axolotl does not read, and among them those that mask a message."""
+        masks = set()
+        for message in kind.items_of(row):
+            for key in message.keys() - self.read_keys:
+                self.unread.add(key)
+                if key in _MASKS and not message[key]:
+                    masks.add(key)
+        for key in sorted(masks):
+            self.faults.note("ignored-mask", key, *place)
+
+    def _compare_prompt(self, place: Place, row: Row, tokens: Tokens) -> None:
+        """Compare what precedes the last answer in training with the prompt for a generation of this answer."""
+        if not tokens.learnt or self.entry["message_field_training_detail"]:
+            return
+        generation = self._generation_prompt(self.chats, row)
+        if generation is None:
+            return
+        training = self._decoded(tokens.ids[: tokens.last_part()[0]])
+        if not squeezed(generation).startswith(squeezed(training)):  # shorter, if the answer shares a token with it
+            self.faults.note("other-prompt", "", *place, _difference(training, generation))
+
+    def _generation_prompt(self, chats: Any, row: Row) -> str | None:
+        """Text of the prompt for a row's last answer; None if the last message is not trained on."""
+        turns = chats.get_conversation_thread(deepcopy(row))
+        if turns[-1]["role"] not in chats.roles_to_train or len(turns) == 1:
+            return None
+        tools = chats._get_tools(deepcopy(row))
+        return self._decoded(chats.prompter.build_prompt(turns[:-1], add_generation_prompt=True, tools=tools))
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def findings(self) -> Iterator[Finding]:
+        """Findings about single rows, then about all of them."""
+        key = f"{self.dataset.key}.path"
+        for fault, rows in self.faults.items():
+            rule, about = fault
+            if rule == "end-masked" and not self.ended:
+                continue  # a finding about all rows
+            finding = _WORDING[rule].finding(key, fault, rows)
+            if rule == "text-left-out":
+                finding.problem += f": {self.left_out[about]} characters, such as {rows.first[0][2]!r}"
+            elif rule == "ignored-mask":
+                finding.remedy = f"rename it, make it true or false, and set message_field_training: {about}"
+            elif rule == "other-prompt":
+                finding.problem += rows.first[0][2]
+                finding.remedy = self._prompt_remedy()
+            elif rule == "end-cut" and rows.count > _MOST_UNENDED * self.rows:
+                finding.level = "error"
+                finding.remedy = "set a larger sequence_len, or excess_length_strategy: drop"
+            yield finding
+        if self.dataset.is_training and self.rows:
+            yield from self._end_findings()
+        if self.unread:
+            problem = f"fields of messages that nothing reads: {', '.join(sorted(self.unread))}"
+            yield Finding("note", "unread-field", key, problem)
+        if isinstance(self.kind, Chat):
+            yield from self._date_findings()
+
+    def _end_findings(self) -> Iterator[Finding]:
+        """Findings about the token that ends an answer."""
+        key = f"{self.dataset.key}.type"
+        # the author of an input_output row writes the EOS token; the small model's tokenizer may not know it
+        is_unknown = isinstance(self.kind, Segments) and uses_small_model(self.tokenizer.cfg)
+        if not self.ended and not is_unknown:
+            problem = "no EOS or end-of-turn token is trained on: the model would not learn to stop"
+            yield Finding("error", "eos-masked", key, problem, self._end_remedy())
+        stops = models.stop_ids(self.tokenizer.content)
+        if stops and self.learnt_ends and self.learnt_ends.isdisjoint({*stops, self.tokenizer.tokenizer.eos_token_id}):
+            learnt = self._decoded([min(self.learnt_ends)])
+            problem = f"the model learns to end with {learnt}, but its generation does not stop there"
+            yield Finding("warning", "end-no-stop", key, problem, f"set special_tokens: {{eos_token: {learnt!r}}}")
+
+    def _end_remedy(self) -> str:
+        """Setting that makes the first row learn its end, tried on this row."""
+        if not self.first:
+            return "write the EOS text at the end of the rows"
+        row, tokens = self.first[0]
+        special = set(self.tokenizer.tokenizer.get_added_vocab().values())
+        after = [token for token in tokens.ids[tokens.last_part()[1] :] if token in special]
+        if after:
+            end = self._decoded(after[:1])
+            changed = self._retokenized({"eot_tokens": [end]}, row)
+            if changed and after[0] in changed.labels:
+                return f"set {write_flow({'eot_tokens': [end]})[1:-1]}"
+        return "inspect rows with --show-tokens; use a template that ends answers, or write the end into the rows"
+
+    def _retokenized(self, settings: Config, row: Row) -> Tokens | None:
+        """Tokens of a row with other settings; None if Axolotl refuses them."""
+        try:
+            return Tokenizer(self.tokenizer.content | settings).tokenize(self.dataset, [row])[0]
+        except UserError:
+            return None
+
+    def _prompt_remedy(self) -> str:
+        """Setting that makes training and generation prompt equal, tried on the first row."""
+        row, _ = self.first[0]
+        tokenizer = Tokenizer(self.tokenizer.content | {"chat_template_kwargs": _EMPTY_REASONING})
+        other = RenderedRows(tokenizer, self.dataset)
+        other.add([(("", 0), row)], tokenizer.tokenize(self.dataset, [row]))
+        if any(rule == "other-prompt" for rule, _ in other.faults):
+            return "generate with the training prompt"
+        return f"set {write_flow({'chat_template_kwargs': _EMPTY_REASONING})[1:-1]}, and generate with it"
+
+    def _date_findings(self) -> Iterator[Finding]:
+        """Finding about a template that writes the date."""
+        rows = [row for row, _ in self.first]
+        if not _changes_by_day(self.tokenizer, self.dataset, rows):
+            return
+        problem = "the chat template writes today's date: prompts differ from day to day, in training and in use"
+        remedy = "use a template without a date"
+        fixed = Tokenizer(self.tokenizer.content | {"chat_template_kwargs": _FIXED_DATE})
+        if not _changes_by_day(fixed, self.dataset, rows):
+            remedy = f"set {write_flow({'chat_template_kwargs': _FIXED_DATE})[1:-1]}"
+        yield Finding("error", "dated-template", "chat_template", problem, remedy)
+
+
+def _changes_by_day(tokenizer: Tokenizer, dataset: DatasetRef, rows: Sequence[Row]) -> bool:
+    tokens = []
+    for day in _DAYS:
+        with on_day(day):
+            tokens.append(tokenizer.tokenize(dataset, rows))
+    return tokens[0] != tokens[1]
+
+
+def _is_in(text: str, whole: str) -> bool:
+    """True if a text stands in a squeezed text, as it is or as JSON."""
+    forms = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
+    return any(squeezed(form) in whole for form in forms)
+
+
+def _left_out(text: str, whole: str) -> list[str]:
+    """Parts of a text that a squeezed text lacks."""
+    return [piece.strip() for piece in _PIECES.split(text) if not _is_in(piece, whole)]
+
+
+def _difference(training: str, generation: str) -> str:
+    """What differs between two prompts, for a message."""
+    common = 0
+    for one, other in zip(training, generation, strict=False):
+        if one != other:
+            break
+        common += 1
+    in_training, in_generation = training[common:][:_MOST_EXAMPLE], generation[common:][:_MOST_EXAMPLE]
+    if not in_generation:
+        return f": only training has {in_training!r} before the answer"
+    return f": {in_training!r} in training, {in_generation!r} in use"

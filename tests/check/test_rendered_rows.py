@@ -1,0 +1,194 @@
+"""Mistakes that only the tokens of rows show, planted in the chat templates of published families."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import chat_models
+import pytest
+
+from qlora_recipes.base.files import write_rows
+from qlora_recipes.check import token_lengths
+from qlora_recipes.config.finding import Finding
+
+Row = dict[str, Any]
+KEY = "datasets.0.path"
+TRUNCATE = {"sequence_len": 256, "excess_length_strategy": "truncate"}
+
+
+def chat(*texts: str, **fields: Any) -> Row:
+    """A chat of user and assistant in turns; fields are those of the first answer."""
+    messages: list[Row] = [
+        {"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)
+    ]
+    messages[1] |= fields
+    return {"messages": messages}
+
+
+CHATS = [chat(f"Is {number} odd?", f"That is for {number} to know.") for number in range(4)]
+REASONED = [chat("Why?", "<think>\nFirst idea\n</think>\n\nSo.", "And?", "<think>\nOther idea\n</think>\n\nThus.")]
+LONG_ANSWER, LONG_PROMPT = chat("Why?", "words and words " * 60), chat("words and words " * 60, "So.")
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"text": "a", "limit": None}}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {family: chat_models.save(folder / family, family) for family in chat_models.FAMILIES}
+
+
+def findings_of(model: Path, rows: list[Row], settings: Row, dataset: Row) -> list[Finding]:
+    write_rows(Path("rows.jsonl"), rows)
+    content = {
+        "base_model": str(model),
+        "special_tokens": {"pad_token": "<unk>"},
+        "adapter": "lora",
+        "lora_target_modules": ["q_proj"],
+        "datasets": [{"path": "rows.jsonl", "type": "chat_template"} | dataset],
+        "sequence_len": 2048,
+        "micro_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "num_epochs": 1,
+        "learning_rate": 0.0001,
+    }
+    cfg = {key: value for key, value in (content | settings).items() if value is not None}
+    return token_lengths.lengths(cfg, 200)[0]
+
+
+def named(findings: list[Finding]) -> list[tuple[str, str]]:
+    return [(finding.level, finding.name) for finding in findings]
+
+
+NO_END = ("error", "eos-masked:datasets.0.type")
+DATED = ("error", "dated-template:chat_template")
+OTHER_PROMPT = ("warning", f"other-prompt:{KEY}")
+PLANTED: dict[str, tuple[str, list[Row], Row, Row, list[tuple[str, str]]]] = {
+    "llama3": ("llama3", CHATS, {}, {}, []),
+    "mistral_v1": ("mistral_v1", CHATS, {}, {}, []),
+    "alpaca": ("llama3", [{"instruction": "Add.", "output": "2"}], {}, {"type": "alpaca"}, []),
+    "date": ("llama3_2_vision", CHATS, {}, {}, [DATED]),
+    "date-without-argument": ("mistral_v7_tekken", CHATS, {}, {}, [DATED]),
+    "gemma": ("gemma", CHATS, {}, {}, [NO_END]),
+    "gemma3": ("gemma3", CHATS, {}, {}, [NO_END]),
+    "phi_3": ("phi_3", CHATS, {}, {}, [NO_END]),
+    "chatml": ("chatml", CHATS, {}, {}, [NO_END]),
+    "no-generation-end": (
+        "gemma",
+        CHATS,
+        {"eot_tokens": ["<end_of_turn>"]},
+        {},
+        [("warning", "end-no-stop:datasets.0.type")],
+    ),
+    "weight": (
+        "llama3",
+        [chat("Is it?", "WRONG", "And?", "Right.", weight=0)],
+        {},
+        {},
+        [("error", f"ignored-mask:{KEY}"), ("note", f"unread-field:{KEY}")],
+    ),
+    "train": (
+        "llama3",
+        [chat("Is it?", "WRONG", "And?", "Right.", train=False)],
+        {},
+        {},
+        [("error", f"ignored-mask:{KEY}"), ("note", f"unread-field:{KEY}")],
+    ),
+    "lost-reasoning": ("qwen3", REASONED, {}, {}, [("warning", f"text-left-out:{KEY}")]),
+    "empty-reasoning": ("qwen3", CHATS, {}, {}, [OTHER_PROMPT]),
+    "null-argument": (
+        "qwen3",
+        [{"messages": [*chat("Find a.", "<think>Yes</think>", tool_calls=[CALL])["messages"]]}],
+        {},
+        {},
+        [("warning", f"changed-row:{KEY}")],
+    ),
+    "two-bos": (
+        "mistral_v1",
+        [{"text": "<s>Once upon a time"}],
+        {},
+        {"type": "completion"},
+        [("error", f"doubled-bos:{KEY}")],
+    ),
+    "cut-answers": (
+        "llama3",
+        [LONG_ANSWER, *CHATS],
+        TRUNCATE,
+        {},
+        [("warning", f"too-long:{KEY}"), ("error", f"end-cut:{KEY}")],
+    ),
+    "cut-prompts": (
+        "llama3",
+        [LONG_PROMPT, *CHATS],
+        TRUNCATE,
+        {},
+        [("warning", f"too-long:{KEY}"), ("error", f"end-cut:{KEY}")],
+    ),
+    "unset-length": (
+        "llama3",
+        [chat("Why?", "words and words " * 150), *CHATS],
+        {"sequence_len": None},
+        {},
+        [("error", f"too-long:{KEY}")],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLANTED.values(), ids=PLANTED)
+def test_a_planted_mistake_is_found(place, models, case):
+    family, rows, settings, dataset, expected = case
+    assert named(findings_of(models[family], rows, settings, dataset)) == expected
+
+
+REMEDIES: dict[str, tuple[str, list[Row], Row, str]] = {
+    "gemma": ("gemma", CHATS, {"eot_tokens": ["<end_of_turn>"]}, "set eot_tokens: [<end_of_turn>]"),
+    "chatml": ("chatml", CHATS, {"eot_tokens": ["<|im_end|>"]}, "set eot_tokens: [<|im_end|>]"),
+    "date": (
+        "llama3_2_vision",
+        CHATS,
+        {"chat_template_kwargs": {"date_string": "26 Jul 2024"}},
+        "set chat_template_kwargs: {date_string: 26 Jul 2024}",
+    ),
+    "reasoning": (
+        "qwen3",
+        CHATS,
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        "set chat_template_kwargs: {enable_thinking: false}, and generate with it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REMEDIES.values(), ids=REMEDIES)
+def test_a_remedy_removes_its_finding(place, models, case):
+    family, rows, settings, remedy = case
+    (before,) = findings_of(models[family], rows, {}, {})
+    assert before.remedy == remedy
+    after = findings_of(models[family], rows, settings, {})
+    assert before.name not in [finding.name for finding in after]
+
+
+BEGIN = "{{ bos_token }}{% for message in messages %}"
+END = "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
+TURN = "<|start_header_id|>{{ message.role }}<|end_header_id|>{{ message.content }}<|eot_id|>"
+INVENTED = {  # templates, each with a mistake that no rule names
+    "lower-case": (TURN.replace("message.content", "message.content | lower"), f"text-left-out:{KEY}"),
+    "cut-text": (TURN.replace("message.content", "message.content[:9]"), f"text-left-out:{KEY}"),
+    "no-questions": (f"{{% if message.role != 'user' %}}{TURN}{{% endif %}}", f"text-left-out:{KEY}"),
+    "other-header": (TURN.replace("message.role ", "message.role[:4] "), f"other-prompt:{KEY}"),
+    "silent-end": (TURN.replace("<|eot_id|>", ""), "eos-masked:datasets.0.type"),
+    "year": (f"{{{{ strftime_now('%Y') if loop.first }}}}{TURN}", "dated-template:chat_template"),
+}
+
+
+@pytest.mark.parametrize("case", INVENTED.values(), ids=INVENTED)
+def test_a_mistake_of_any_template_is_found(place, case):
+    turn, name = case
+    model = chat_models.save(Path("model"), "llama3", f"{BEGIN}{turn}{END}")
+    assert name in [finding.name for finding in findings_of(model, CHATS, {}, {})]
+
+
+def test_rows_are_drawn_over_the_file(place, models):
+    rows = [chat("Is it?", "Yes.") for _ in range(400)]
+    rows[350] = chat("Is it?", "WRONG", weight=0)
+    (error, _) = findings_of(models["llama3"], rows, {}, {})
+    assert (error.rule, error.line) == ("ignored-mask", 351)
+    assert json.loads(Path("rows.jsonl").read_text().splitlines()[error.line - 1]) == rows[350]
