@@ -176,9 +176,10 @@ FAILS = (
     "error: DATA.path: {}: Axolotl cannot tokenize these rows as {}; correct the rows, the type or the template "
     "[bad-row:DATA.path]"
 )
+NO_END = "inspect rows with --show-tokens; use a template that ends answers, or write the end into the rows"
 MASKED = (
-    ": warning: DATA.type: no EOS or end-of-turn token is trained on: the model would not learn to stop; inspect rows "
-    "with --show-tokens [eos-masked:DATA.type]"
+    ": error: DATA.type: no EOS or end-of-turn token is trained on: the model would not learn to stop; "
+    f"{NO_END} [eos-masked:DATA.type]"
 )
 THIRD_UNLEARNT = f"rows.jsonl:3: warning: DATA.path: {UNLEARNT.format('1 row')}"
 
@@ -256,7 +257,6 @@ def test_rows_of_which_nothing_is_learnt_are_an_error_where_there_are_no_others(
     kind = {"type": "chat_template", "chat_template": "chatml"}
     assert findings_of(llama, [chat(ASKED), chat(said("user", "And?"))], **kind) == [
         f"rows.jsonl:1: error: DATA.path: {UNLEARNT.format('2 rows (lines 1, 2)')}",
-        MASKED,
     ]
 
 
@@ -281,10 +281,6 @@ TOO_LONG = ": {}: DATA.path: {} of 109 rows exceed sequence_len, {}; the longest
         ({}, []),
         ({"sequence_len": 300}, [TOO_LONG.format("warning", 67, "300: dropped")]),
         (
-            {"sequence_len": 300, "excess_length_strategy": "truncate"},
-            [TOO_LONG.format("warning", 67, "300: truncated")],
-        ),
-        (
             {"sequence_len": 300, "excess_length_strategy": "raise"},
             [TOO_LONG.format("error", 67, "300: an error")],
         ),
@@ -301,12 +297,23 @@ def test_long_rows_and_too_few_packed_ones(llama, change, findings):
     assert findings_in(llama | change) == findings
 
 
+def test_truncated_rows_lose_their_end(llama):
+    too_long, cut = findings_in(llama | {"sequence_len": 300, "excess_length_strategy": "truncate"})
+    assert too_long == TOO_LONG.format("warning", 67, "300: truncated")
+    assert cut.partition(": error: DATA.path: ")[2].startswith("67 rows (lines 1, 2, ")
+    assert cut.endswith(
+        " lose the end of the answer, because sequence_len truncates them; set a larger sequence_len, or "
+        "excess_length_strategy: drop [end-cut:DATA.path]"
+    )
+
+
 def test_an_end_that_is_not_taught(llama, smollm2, place):
     masked = {"input_ids": [1, 5, 2], "attention_mask": [1, 1, 1], "labels": [-100, 5, -100]}
     assert findings_of(llama, [masked], type="") == [MASKED]
     base = {"special_tokens": {"eos_token": "<|endoftext|>"}}  # as of a base model, which the template does not write
     chats = {"type": "chat_template", "chat_template": "chatml"}
-    assert findings_of(smollm2 | base, [chat(ASKED, ANSWER)], **chats) == [MASKED]
+    advice = MASKED.replace(NO_END, "set eot_tokens: [<|im_end|>]")
+    assert findings_of(smollm2 | base, [chat(ASKED, ANSWER)], **chats) == [advice]
     assert findings_of(smollm2 | base | {"eot_tokens": ["<|im_end|>"]}, [chat(ASKED, ANSWER)], **chats) == []
 
 

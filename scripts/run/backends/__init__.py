@@ -18,7 +18,7 @@ from ...training.run_record import Job, JobState, Run
 from ..rundir import Node, RunDir, this_job
 
 if TYPE_CHECKING:
-    from ...config.compose import Composed, Request
+    from ...config.compose import Request
 
 BACKENDS: "Registry[type[Backend]]" = Registry("backend", f"{__name__}.local", f"{__name__}.slurm")
 """Backends by the name that --on gives them."""
