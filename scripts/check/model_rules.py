@@ -16,9 +16,6 @@ from ..config.merging import listed
 from ..config.training_settings import TrainingSettings
 from .rule import Case, Problems, rule
 
-_TRAINABLE = ("embed_tokens", "lm_head")
-"""Modules outside the layers that can be trained beside LoRA."""
-
 
 @rule()
 def beyond_context(case: Case) -> Problems:
@@ -37,7 +34,7 @@ def missing_special_token(case: Case) -> Problems:
     to the base model before the adapter is loaded; otherwise PEFT fails (seen).
     """
     pattern = case.model.special_tokens
-    if not pattern or set(_TRAINABLE) <= set(listed(case.config, "lora_modules_to_save")):
+    if not pattern or set(models.TRAINABLE) <= set(listed(case.config, "lora_modules_to_save")):
         return
     for name, token in (case["special_tokens"] or {}).items():
         if isinstance(token, str) and not re.fullmatch(pattern, token):
@@ -153,8 +150,8 @@ def unknown_lora_target(case: Case) -> Problems:
     if not linear:
         return
     for i, name in enumerate(case["lora_modules_to_save"] or ()):
-        near = did_you_mean(str(name).rpartition(".")[2], _TRAINABLE)
-        if near and not str(name).endswith(_TRAINABLE):
+        near = did_you_mean(str(name).rpartition(".")[2], models.TRAINABLE)
+        if near and not str(name).endswith(models.TRAINABLE):
             yield "error", f"lora_modules_to_save.{i}", f"no module of this model is called {name}{near}", ""
     if case.lora:
         yield from islice(_unknown_targets(case, linear), MOST_FINDINGS)

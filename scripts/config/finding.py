@@ -19,7 +19,11 @@ NO_BATCH = "no-batch"
 TASK_CODE = "task-code"
 """Rule about the task files of benchmarks."""
 FIRST_LOSS = "first-loss"
-"""Finding of a training about its first loss, see `run_record.HighFirstLoss`."""
+"""Rule about the first loss of a training, see `losses.highest_first_loss`."""
+MODEL = "model"
+"""Rule about a model that differs from its config, see the module `model_facts`."""
+SIGNALS = "training"
+"""Rule about the losses, gradients and warnings of a training, see the module `signals`."""
 
 
 @dataclass
@@ -72,12 +76,15 @@ class Finding:
         """True if `--force` with these names overrides the finding."""
         return self.name in force and self.rule not in _NEVER_OVERRIDDEN
 
+    @property
+    def text(self) -> str:
+        """Key, problem, remedy, and the name for `--force`."""
+        description = UserError(self.problem, key=self.key, remedy=self.remedy).description
+        return f"{description} [{self.name}]" if self.rule else description
+
     def __str__(self) -> str:
-        error = UserError(self.problem, file=self.where, line=self.line, key=self.key, remedy=self.remedy)
-        text = f"{error.place}: {self.level}: {error.description}"
-        if self.rule:
-            text += f" [{self.name}]"
-        return text
+        place = UserError("", file=self.where, line=self.line).place
+        return f"{place}: {self.level}: {self.text}"
 
 
 @dataclass
@@ -143,11 +150,11 @@ def override_errors(findings: Iterable[Finding], force: Sequence[str]) -> None:
 def unknown_force(force: Sequence[str], names: set[str]) -> None:
     """Raise UserError if --force names a finding that does not exist, and cannot arise later.
 
-    Task files are read only before an evaluation, and only training has a first loss.
+    Task files are read only before an evaluation, and a training finds mistakes of its own.
     """
     for name in force:
         rule = name.partition(":")[0]
-        if name not in names and rule not in (TASK_CODE, FIRST_LOSS):
+        if name not in names and rule not in (TASK_CODE, FIRST_LOSS, MODEL, SIGNALS):
             hint = did_you_mean(name, names) or "; errors show their names in brackets"
             raise UserError(f"--force {name}: this config has no such error{hint}")
 

@@ -157,6 +157,10 @@ def ties_embeddings(architecture: Config) -> bool:
     return bool(architecture.get("tie_word_embeddings", is_gemma))
 
 
+TRAINABLE = ("embed_tokens", "lm_head")
+"""Modules outside the layers that can be trained beside LoRA."""
+
+
 def lost_in_merge(config: Config, architecture: Config) -> list[str]:
     """Trained modules that `axolotl merge-lora` leaves out, without a message (seen).
 

@@ -23,9 +23,9 @@ from ..base.run_files import RunFile
 from ..base.terminal import TrainingProgress, say, say_once
 from ..base.yamlfiles import Config
 from ..config import merging
-from ..config.finding import FIRST_LOSS
+from ..config.finding import FIRST_LOSS, MODEL, SIGNALS, Finding
 from ..config.gpus import CPU_RANKS
-from ..training.run_record import ANY_FIRST_LOSS, Ended, FileState, Launch, Provenance, Run, State, collect
+from ..training.run_record import FORCED, STOP_AT, Ended, FileState, Launch, Provenance, Run, State, collect
 from .rundir import Node, RunDir, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
@@ -140,10 +140,9 @@ def _reason(run_dir: RunDir, record: Run, code: int, stopped: bool) -> str | Non
     if record.summary.ended == "callback":
         step = f"step {record.summary.step} of {record.summary.max_steps}"
         return f"a callback stopped the training at {step}; see {run_dir.log} for the reason"
-    if record.summary.ended == "first loss":
-        problem = "stopped: the base model is damaged, or its precision, quantization or tokenizer is wrong"
-        remedy = f"correct it; `recipe resume {run_dir.quoted} --force {FIRST_LOSS}` accepts the loss"
-        return f"{problem}; {remedy}"
+    if record.summary.ended == "finding":
+        remedy = f"`recipe resume {run_dir.quoted} --force NAME` accepts a name in brackets"
+        return f"{record.summary.trouble}\nstopped: correct the config in a new run; or {remedy}"
     if record.summary.ended == "no batch":
         return "no step was trained, because the rows do not fill a batch; add rows or lower micro_batch_size"
     return None
@@ -244,10 +243,11 @@ def _environment(run_dir: RunDir, record: Run) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PATH": f"{AXOLOTL.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # has torchrun
     }
-    if record.rehearsal or FIRST_LOSS in record.forced:
-        added[ANY_FIRST_LOSS] = "1"
+    added[FORCED] = ",".join(record.forced)
+    added[STOP_AT] = ",".join([FIRST_LOSS, os.environ.get(STOP_AT, "")])
     if record.rehearsal:
         added |= {
+            STOP_AT: f"{MODEL},{SIGNALS}",  # the first loss of another model means little
             "HF_HUB_OFFLINE": "1",
             "http_proxy": _NO_SERVER,
             "https_proxy": _NO_SERVER,
@@ -344,14 +344,13 @@ def _launch(command: list[str], run_dir: RunDir, record: Run, log: Path, *locks:
     """
     with stop_requests() as stops, opened(log, "ab") as stream:
 
-        def report_loss(record: Row) -> None:
+        def report_trouble(record: Row) -> None:
             if "loss" in record and record["loss"] is None:
                 say_once(f"  the loss is NaN; `recipe cancel {run_dir.quoted}` stops the run at a checkpoint")
-            if high := record.get("high_first_loss"):
-                loss = f"the first training loss is {high['loss']:.4g} over {high['tokens']:,} tokens"
-                say_once(f"  {loss}, but guessing gives {high['guessing']:.4g} [{FIRST_LOSS}]")
+            for finding in record.get("findings", ()):
+                say_once(f"  {Finding('warning', **finding).text}")
 
-        progress = TrainingProgress(run_dir.metrics, report_loss)  # created before the process writes metrics
+        progress = TrainingProgress(run_dir.metrics, report_trouble)  # created before the process writes metrics
         child = start_child(
             command,
             cwd=record.cwd,

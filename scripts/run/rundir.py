@@ -22,6 +22,7 @@ from ..base.processes import LOCK_TIMEOUT, held, is_held
 from ..base.run_files import RunFile
 from ..base.terminal import say, say_once
 from ..base.yamlfiles import Config, read_yaml
+from ..config.finding import Finding
 from ..training.checkpoints import damage, step_of
 from ..training.run_record import GPU_MEMORY, METRICS_RECORD, VERSION, Job, JobState, RecordVersion, Run, State, Summary
 
@@ -320,7 +321,7 @@ def summarise(metrics: list[Row]) -> Summary:
         "eval_loss_per_token": final.get("eval_loss_per_token"),
         "kept_step": newest.get("kept_step"),
         "ended": newest.get("ended"),
-        "trouble": _trouble(metrics),
+        "trouble": _trouble(metrics, last.get("findings", ())),
     }
     computed |= {
         "train_seconds": _seconds(metrics),
@@ -362,15 +363,17 @@ def _peaks(metrics: Sequence[Row], memory: str) -> list[float]:
     return peaks
 
 
-def _trouble(metrics: Sequence[Row]) -> str | None:
-    """Message if the last losses are NaN (null in JSON), or None."""
+def _trouble(metrics: Sequence[Row], findings: Iterable[Row]) -> str | None:
+    """Message if the last losses are NaN (null in JSON), or with a training's findings; or None."""
     nan_since = None
     for record in reversed(metrics):
         if "loss" in record:
             if record["loss"] is not None:
                 break
             nan_since = record["step"]
-    return None if nan_since is None else f"the loss is NaN since step {nan_since}"
+    if nan_since is not None:
+        return f"the loss is NaN since step {nan_since}"
+    return "\n".join(Finding("warning", **finding).text for finding in findings) or None
 
 
 def all_runs(runs: Path) -> list[RunDir]:

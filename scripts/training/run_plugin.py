@@ -4,7 +4,6 @@
 and the modules that it imports.
 """
 
-import math
 import os
 import resource
 import signal
@@ -29,9 +28,9 @@ from ..base.run_files import RunFile
 from ..base.yamlfiles import Config
 from ..config import models
 from ..config.gpus import CPU_RANKS, PARALLELISM_KEYS, parallelism_of
-from . import chat_templates, losses
+from . import chat_templates, losses, model_facts, signals
 from .checkpoints import step_of, write_manifest
-from .run_record import ANY_FIRST_LOSS, Ended, EvalTokens, HighFirstLoss
+from .run_record import Ended, EvalTokens
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of ranks, set by the launcher
 
@@ -41,10 +40,13 @@ class RunPlugin(BasePlugin):
 
     parallelism: str | None = None
     parameters: dict[str, int] | None = None
+    rows = 0  # of the embedding in the base model's files
 
     def register(self, cfg: Any) -> None:
         """Record the requested parallelism before Axolotl overwrites it; put a rehearsal's ranks on the CPU."""
         chat_templates.bound()
+        self.findings = signals.Findings()
+        signals.Warnings(self.findings)
         if WORLD_SIZE > 1:
             end_with_parent(signal.SIGKILL)  # otherwise ranks keep training after their launcher is killed
         self.parallelism = (
@@ -90,6 +92,10 @@ class RunPlugin(BasePlugin):
         store = Path(uri.removeprefix("sqlite:///"))
         with held(store.with_name(f".{store.name}.lock"), "another run is opening MLflow's store", LOCK_TIMEOUT):
             mlflow.search_experiments(max_results=1)
+
+    def post_model_build(self, cfg: Any, model: Any) -> None:
+        """Count embedding rows before Axolotl adds rows for new tokens."""
+        self.rows = model.get_input_embeddings().num_embeddings
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:
         """Count parameters before they are sharded; a packed byte counts as two weights."""
@@ -141,7 +147,11 @@ class RunPlugin(BasePlugin):
         file = Path(cfg.output_dir).with_name(RunFile.METRICS)
         learns_tokens = not (cfg.rl or cfg.reward_model or cfg.process_reward_model)
         vocabulary = trainer.model.config.get_text_config().vocab_size if learns_tokens else None
-        return [RunCallback(file, trainer, self.parallelism, self.parameters, vocabulary)]
+        if isinstance(trainer.model, PeftModel) and learns_tokens:
+            facts = model_facts.facts(cfg, trainer.model, trainer.processing_class, self.rows)
+            model_facts.add_differences(self.findings, facts)
+        judge = signals.Signals(self.findings, vocabulary)
+        return [RunCallback(file, trainer, self.parallelism, self.parameters, judge)]
 
 
 class RunCallback(TrainerCallback):
@@ -155,8 +165,8 @@ class RunCallback(TrainerCallback):
     tokens_per_second. Only the first rank writes; peak_gib_by_rank has the memory of all ranks. The first record of a
     launch has parallelism, training_rows, trainable_parameters and parameters (including frozen ones). The last record
     has `ended` (see `run_record.Ended`), and kept_step if the trainer has loaded the best checkpoint. The first
-    evaluation of a launch adds a record with eval_tokens. A first training loss that no intact model has adds a
-    record with high_first_loss; without `ANY_FIRST_LOSS`, it stops the training.
+    evaluation of a launch adds a record with eval_tokens. Findings of a training about itself are in a record with all
+    of them so far; those of `STOP_AT` stop the training.
 
     SIGTERM to any rank ends training after the current step, with a checkpoint.
 
@@ -165,7 +175,7 @@ class RunCallback(TrainerCallback):
         trainer: the trainer.
         parallelism: the requested parallelism, checked when training begins; None for one process.
         parameters: parameter counts for the first record; None without an adapter.
-        vocabulary: vocabulary size, if the loss is that of next-token prediction.
+        judge: the judge of losses and gradients, with the findings about the model.
     """
 
     def __init__(
@@ -174,17 +184,19 @@ class RunCallback(TrainerCallback):
         trainer: Any,
         parallelism: str | None,
         parameters: dict[str, int] | None = None,
-        vocabulary: int | None = None,
+        judge: signals.Signals | None = None,
     ):
         self.file = file
         self.trainer = trainer
         self.parallelism = parallelism
         self.parameters = parameters
-        self.vocabulary = vocabulary  # None after the check of the first loss
-        self.stop = self.stopped = self.started_high = False
+        self.judge = judge or signals.Signals(signals.Findings(), None)
+        self.reported = 0  # number of findings in the last record with findings
+        self.stop = self.stopped = self.checked_updates = False
         self.step_started = self.step_seconds = 0.0
         self.tokens: Any = 0  # without padding, unlike Axolotl's count; a tensor, so that no step waits for the device
-        self.labels: Any = 0  # of the steps until the first loss
+        self.labels: Any = 0  # tokens with a label, and batches without one, since the last log entry
+        self.empty: Any = 0
         self.process = psutil.Process()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -197,6 +209,7 @@ class RunCallback(TrainerCallback):
         with suppress(TypeError):  # streamed rows have no number
             first = first | {"training_rows": len(self.trainer.train_dataset)}
         self._append(state, first)
+        self._report_findings(state)
         if not args.eval_on_start:
             _note(args.output_dir, phase="training")
         self.trainer.model.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -210,8 +223,10 @@ class RunCallback(TrainerCallback):
             self.tokens += (mask != 0).sum()
         else:
             self.tokens += ids.numel()
-        if self.vocabulary and inputs.get("labels") is not None:
-            self.labels += (inputs["labels"][..., 1:] != losses.MASKED).sum()
+        if inputs.get("labels") is not None:
+            labels = (inputs["labels"][..., 1:] != losses.MASKED).sum()
+            self.labels += labels
+            self.empty += labels == 0
 
     def _stop(self, *_: Any) -> None:
         self.stop = True
@@ -219,6 +234,13 @@ class RunCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start timing a step."""
         self.step_started = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check before the first update that it trains all trainable parameters; DeepSpeed keeps gradients itself."""
+        if not (self.checked_updates or self.trainer.is_deepspeed_enabled):
+            model_facts.add_differences(self.judge.findings, model_facts.updates(kwargs["model"], kwargs["optimizer"]))
+            self._report_findings(state)
+        self.checked_updates = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop timing the step; stop training if requested."""
@@ -253,20 +275,19 @@ class RunCallback(TrainerCallback):
         if "loss" in logs:
             record |= self._measure_steps(args)
         self._append(state, record | usage | {"cpu_percent": self.process.cpu_percent()})
-        if "loss" in logs and self.vocabulary:
-            high = self._high_first_loss(logs["loss"], self.vocabulary, args)
-            self.vocabulary = None
-            if high:
-                self._append(state, {"high_first_loss": high})
-                self.started_high = control.should_training_stop = ANY_FIRST_LOSS not in os.environ
+        if "loss" in logs:
+            tokens, empty = (int(sum(gather(float(count), args.device))) for count in (self.labels, self.empty))
+            self.labels = self.empty = 0
+            self.judge.step(logs["loss"], logs.get("grad_norm"), tokens, empty)
+            self._report_findings(state)
+            control.should_training_stop |= self.judge.findings.stop
 
-    def _high_first_loss(self, loss: float, vocabulary: int, args: Any) -> HighFirstLoss | None:
-        """A first loss that is too high for an intact model, or None."""
-        tokens = int(sum(gather(float(self.labels), args.device)))
-        guessing = math.log(vocabulary)
-        if not tokens or math.isnan(loss) or loss <= losses.highest_first_loss(guessing, tokens):
-            return None
-        return {"loss": loss, "guessing": guessing, "tokens": tokens}
+    def _report_findings(self, state: Any) -> None:
+        """Record the findings if there are new ones; the training may stop after this step."""
+        if len(self.judge.findings) > self.reported:
+            self._append(state, {"findings": [*self.judge.findings.values()]})
+            self.reported = len(self.judge.findings)
+        self.stop |= self.judge.findings.stop
 
     def _measure_steps(self, args: Any) -> dict[str, float]:
         """Time and tokens of the steps since the previous call."""
@@ -277,6 +298,9 @@ class RunCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the reason for the end, and the last step, which the trainer does not always log."""
+        if state.global_step >= state.max_steps:
+            self.judge.end()
+        self._report_findings(state)
         ended = {"ended": self._how_it_ended(state, control)}
         if args.load_best_model_at_end and state.best_model_checkpoint:  # the trainer has loaded it
             ended["kept_step"] = step_of(Path(state.best_model_checkpoint))
@@ -287,8 +311,8 @@ class RunCallback(TrainerCallback):
 
     def _how_it_ended(self, state: Any, control: Any) -> Ended:
         """Reason for the end; `complete` if nothing stopped the training, even after fewer steps than planned."""
-        if self.started_high:
-            return "first loss"
+        if self.judge.findings.stop:
+            return "finding"
         if state.global_step >= state.max_steps or not control.should_training_stop:
             return "complete"
         if not state.global_step:  # transformers stops if an epoch has no batch

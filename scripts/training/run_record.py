@@ -21,10 +21,10 @@ from ..metrics.metric import EvalLosses
 VERSION = 1
 """Version of run.json; increase it when a field is renamed, removed or has another meaning."""
 
-Ended = Literal["complete", "early stopping", "signal", "callback", "no batch", "first loss"]
+Ended = Literal["complete", "early stopping", "signal", "callback", "no batch", "finding"]
 """Reason for the end of training.
-`callback`: an Axolotl callback, such as the loss watchdog; `no batch`: the rows do not fill a batch; `first loss`: see
-`HighFirstLoss`."""
+`callback`: an Axolotl callback, such as the loss watchdog; `no batch`: the rows do not fill a batch; `finding`: see
+`STOP_AT`."""
 
 
 @with_config(extra="forbid", strict=True)
@@ -35,23 +35,20 @@ class EvalTokens(TypedDict):
     sha256: Sha256
 
 
-ANY_FIRST_LOSS = "QLORA_RECIPES_ANY_FIRST_LOSS"
-"""Environment variable with which a training continues after a `HighFirstLoss`."""
+STOP_AT = "QLORA_RECIPES_STOP_AT"
+"""Environment variable with the rules, separated by commas, whose findings stop a training."""
+FORCED = "QLORA_RECIPES_FORCED"
+"""Environment variable with the names of findings, separated by commas, at which a training continues."""
 
 
 @with_config(extra="forbid", strict=True)
-class HighFirstLoss(TypedDict):
-    """A first training loss that no intact model has; see `losses.highest_first_loss`.
+class TrainingFinding(TypedDict):
+    """Finding of a training about itself; for the fields, see `finding.Finding`."""
 
-    Attributes:
-        loss: the loss, in nats.
-        guessing: the loss of guessing among all tokens of the vocabulary.
-        tokens: number of tokens with a label behind the loss.
-    """
-
-    loss: float
-    guessing: float
-    tokens: int
+    rule: str
+    key: str
+    problem: str
+    remedy: str
 
 
 @with_config(strict=True, extra="allow")
@@ -75,7 +72,7 @@ class MetricsRecord(TypedDict, total=False):
     peak_gib_by_rank: list[float] | None
     training_rows: int
     trainable_parameters: int
-    high_first_loss: HighFirstLoss
+    findings: list[TrainingFinding]
     ended: Ended
     kept_step: int
 
@@ -213,6 +210,7 @@ class Summary(BaseModel):
             `eval_loss_per_token` then belong to this step.
         training_rows: number of rows after Axolotl held rows out and dropped long ones; None for streamed rows.
         trainable_parameters: PEFT's count; None without an adapter.
+        findings: of the last launch, about the model and the training.
     """
 
     step: int = 0
@@ -231,7 +229,8 @@ class Summary(BaseModel):
     memory_kind: str | None = None
     training_rows: int | None = None
     trainable_parameters: int | None = None
-    trouble: str | None = None  # a message if the last losses are NaN, or if the run's machine refused to start it
+    findings: list[TrainingFinding] = []
+    trouble: str | None = None  # about NaN losses or findings, or a machine that refused to start the run
     ended: Ended | None = None  # None also after a kill
 
     @property

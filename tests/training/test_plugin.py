@@ -20,6 +20,7 @@ from qlora_recipes.run import launch
 from qlora_recipes.run.rundir import PLUGIN, RunDir, summarise
 from qlora_recipes.training import run_record
 from qlora_recipes.training.run_plugin import RunCallback, RunPlugin
+from qlora_recipes.training.signals import Findings, Signals
 
 USE_CPU = "test_plugin.UseCpuOnly"
 TRAINER = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[]))
@@ -147,29 +148,39 @@ def test_the_eval_loss_is_that_of_the_checkpoint_that_was_kept(tmp_path):
 def test_a_first_loss_that_no_intact_model_has_ends_the_training(
     tmp_path, monkeypatch, loss, labels, is_high, accepted
 ):
-    if accepted:
-        monkeypatch.setenv(run_record.ANY_FIRST_LOSS, "1")
-    callback = RunCallback(tmp_path / "metrics.jsonl", TRAINER, None, vocabulary=49_152)
+    monkeypatch.setenv(run_record.STOP_AT, "first-loss")
+    monkeypatch.setenv(run_record.FORCED, "first-loss" * accepted)
+    judge = Signals(Findings(), vocabulary=49_152)
+    callback = RunCallback(tmp_path / "metrics.jsonl", TRAINER, None, judge=judge)
     callback.labels = torch.tensor(labels)
     control = SimpleNamespace(should_training_stop=False)
     callback.on_log(SimpleNamespace(device="cpu"), state_at(1), control, logs={"loss": loss})
     callback.on_log(SimpleNamespace(device="cpu"), state_at(2), control, logs={"loss": 99.0})  # not the first one
-    recorded = [record["high_first_loss"] for record in RunDir(tmp_path).read_metrics() if "high_first_loss" in record]
-    assert recorded == [{"loss": loss, "guessing": math.log(49_152), "tokens": labels}] * is_high
+    summary = summarise(RunDir(tmp_path).read_metrics())
+    assert [finding["rule"] for finding in summary.findings] == ["first-loss"] * is_high
+    if is_high:
+        measured = f"the first training loss is {loss:.4g} over 4,000 tokens, but guessing gives 10.8"
+        remedy = "the base model is damaged, or its precision, quantization or tokenizer is wrong: correct it"
+        assert summary.trouble == f"{measured}; {remedy} [first-loss]"
     assert control.should_training_stop == (is_high and not accepted)
     if control.should_training_stop:
-        assert callback._how_it_ended(state_at(1), control) == "first loss"
+        assert callback._how_it_ended(state_at(1), control) == "finding"
 
 
-def test_labels_are_counted_until_the_first_loss(tmp_path):
-    callback = RunCallback(tmp_path / "metrics.jsonl", TRAINER, None, vocabulary=49_152)
+def test_labels_and_batches_without_them_are_counted_until_a_loss(tmp_path):
+    judge = Signals(Findings(), vocabulary=49_152)
+    callback = RunCallback(tmp_path / "metrics.jsonl", TRAINER, None, judge=judge)
     model = SimpleNamespace(training=True)
     inputs = {"input_ids": torch.zeros(2, 4), "labels": torch.tensor([[7, -100, 8, 9], [-100, -100, -100, 5]])}
     callback._count(model, None, inputs)
     assert callback.labels == 3  # nothing predicts the first token of a row
-    callback.on_log(SimpleNamespace(device="cpu"), state_at(1), None, logs={"loss": 2.0})
-    callback._count(model, None, inputs)
-    assert callback.labels == 3
+    assert callback.empty == 0
+    control = SimpleNamespace(should_training_stop=False)
+    callback.on_log(SimpleNamespace(device="cpu"), state_at(1), control, logs={"loss": 2.0})
+    callback._count(model, None, inputs | {"labels": torch.full((2, 4), -100)})
+    assert (callback.labels, callback.empty) == (0, 1)
+    callback.on_log(SimpleNamespace(device="cpu"), state_at(2), control, logs={"loss": 2.0})
+    assert [*judge.findings] == ["training:labels"]
 
 
 @pytest.mark.parametrize(("step", "ended"), [(0, "no batch"), (3, "callback"), (8, "complete")])
@@ -205,7 +216,7 @@ def test_tokens_are_counted_without_padding_in_training_only(tmp_path):
     model(input_ids=ids)
     model.eval()(input_ids=ids)
     callback.step_seconds = 2.0
-    callback.on_log(arguments, state_at(1), None, logs={"loss": 2.0})
+    callback.on_log(arguments, state_at(1), STOPPING, logs={"loss": 2.0})
     record = RunDir(tmp_path).read_metrics()[-1]
     assert record["tokens"] == 8 + 10
     assert record["tokens_per_second"] == 9.0

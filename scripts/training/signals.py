@@ -1,0 +1,125 @@
+"""Findings of a training about itself: warnings of Axolotl and transformers, losses and gradients."""
+
+import logging
+import math
+import os
+import re
+from statistics import fmean, variance
+
+from ..config.finding import FIRST_LOSS, SIGNALS, Finding
+from . import losses
+from .run_record import FORCED, STOP_AT, TrainingFinding
+
+
+class Findings(dict[str, TrainingFinding]):
+    """Findings of a training so far, by name; the first of a name stays."""
+
+    def add(self, rule: str, key: str, problem: str, remedy: str) -> None:
+        """Add a finding."""
+        finding: TrainingFinding = {"rule": rule, "key": key, "problem": problem, "remedy": remedy}
+        self.setdefault(Finding("warning", **finding).name, finding)
+
+    @property
+    def stop(self) -> bool:
+        """True if a finding stops the training, see `STOP_AT`."""
+        rules, forced = (os.environ.get(name, "").split(",") for name in (STOP_AT, FORCED))
+        return any(finding["rule"] in rules and name not in forced for name, finding in self.items())
+
+
+class Warnings(logging.Handler):
+    """Log handler that turns warnings into findings; only their texts tell them apart."""
+
+    def __init__(self, findings: Findings):
+        super().__init__(logging.WARNING)
+        self.findings = findings
+        for logger in _WARNINGS:
+            logging.getLogger(logger).addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Add a finding for a warning of the table."""
+        pattern, rule, key, remedy = _WARNINGS[record.name]
+        text = record.getMessage()
+        if re.match(pattern, text, re.DOTALL):
+            self.findings.add(rule, key, text, remedy)
+
+
+_WARNINGS = {  # logger: beginning of the message; rule, key and remedy of the finding
+    "axolotl.prompt_strategies.chat_template": (
+        "EO[ST] token",
+        SIGNALS,
+        "eot_tokens",
+        "set it to the tokens that end a turn in the chat template",
+    ),
+    "axolotl.utils.trainer": (
+        "Dropped .* no trainable tokens",
+        "dropped-rows",
+        "datasets",
+        "`recipe check --all-rows` shows the rows; raise sequence_len, or correct roles and masks",
+    ),
+    "transformers.modeling_utils": (
+        ".*LOAD REPORT.*(MISSING|MISMATCH)",
+        SIGNALS,
+        "base_model",
+        "name a model with all weights: the missing ones are random",
+    ),
+}
+
+
+class Signals:
+    """Judges losses and gradients as the trainer logs them.
+
+    Args:
+        findings: the findings, to which it adds.
+        vocabulary: vocabulary size, if the loss is that of next-token prediction.
+    """
+
+    def __init__(self, findings: Findings, vocabulary: int | None):
+        self.findings = findings
+        self.vocabulary = vocabulary
+        self.losses: list[float] = []
+
+    def step(self, loss: float, grad_norm: float | None, tokens: int, empty: int) -> None:
+        """Judge a logged step.
+
+        Args:
+            loss: mean loss since the last logged step.
+            grad_norm: norm of the last gradient; None if unknown.
+            tokens: number of tokens with a label.
+            empty: number of batches without a label.
+        """
+        self.losses.append(loss)
+        if len(self.losses) == 1:
+            self._first_loss(loss, tokens)
+        if grad_norm == 0:
+            self._add("grad_norm", "0: nothing is trained", "check labels, frozen parameters and the loss")
+        if empty and self.vocabulary:
+            problem = f"{empty} batches without a token to learn, so that their loss is undefined"
+            self._add("labels", problem, "`recipe check --all-rows` shows such rows; delete them")
+
+    def _first_loss(self, loss: float, tokens: int) -> None:
+        if loss == 0:
+            self._add("loss", "0 in the first step: no token is learnt", "look at them: `recipe check --show-tokens 1`")
+        if not (self.vocabulary and tokens):
+            return
+        guessing = math.log(self.vocabulary)
+        if loss > losses.highest_first_loss(guessing, tokens):
+            problem = f"the first training loss is {loss:.4g} over {tokens:,} tokens, but guessing gives {guessing:.4g}"
+            remedy = "the base model is damaged, or its precision, quantization or tokenizer is wrong: correct it"
+            self.findings.add(FIRST_LOSS, "", problem, remedy)
+
+    def end(self) -> None:
+        """Judge the losses of a complete training: the last quarter's mean must not be higher than the first's.
+
+        It is higher if it exceeds the first quarter's by three standard errors of their difference.
+        """
+        quarter = len(self.losses) // 4
+        if quarter < 2:
+            return
+        first, last = self.losses[:quarter], self.losses[-quarter:]
+        rise, error = fmean(last) - fmean(first), math.sqrt((variance(first) + variance(last)) / quarter)
+        if rise > 3 * error:
+            problem = f"{rise:.4g} higher in the last quarter of the steps than in the first"
+            self._add("loss", problem, "lower learning_rate, or add warm-up")
+
+    def _add(self, key: str, problem: str, remedy: str) -> None:
+        self.findings.add(SIGNALS, key, problem, remedy)

@@ -1,0 +1,57 @@
+"""Findings of a training about its own losses, gradients and warnings."""
+
+import logging
+
+import pytest
+
+from qlora_recipes.training.run_record import FORCED, STOP_AT
+from qlora_recipes.training.signals import Findings, Signals, Warnings
+
+FALLING = [3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.3]
+
+
+@pytest.mark.parametrize(
+    ("losses", "norm", "found"),
+    [
+        (FALLING, 1.0, {}),
+        (FALLING[:2], None, {}),
+        ([2.5, 2.6] * 8, 1.0, {}),  # noise
+        (FALLING[::-1], 1.0, {"loss": "0.6 higher in the last quarter of the steps than in the first"}),
+        ([0.0, 1.0], 1.0, {"loss": "0 in the first step: no token is learnt"}),
+        (FALLING, 0.0, {"grad_norm": "0: nothing is trained"}),
+    ],
+)
+def test_losses_and_gradients_of_a_failing_training_are_found(losses, norm, found):
+    findings = Findings()
+    judge = Signals(findings, None)
+    for loss in losses:
+        judge.step(loss, norm, 100, 0)
+    judge.end()
+    assert {finding["key"]: finding["problem"] for finding in findings.values()} == found
+
+
+@pytest.mark.parametrize(
+    ("logger", "text", "name"),
+    [
+        ("axolotl.prompt_strategies.chat_template", "EOS token '<eos>' not found", "training:eot_tokens"),
+        ("axolotl.utils.trainer", "Dropped 3 samples with no trainable tokens", "dropped-rows:datasets"),
+        ("transformers.modeling_utils", "LlamaForCausalLM LOAD REPORT\nx | MISSING", "training:base_model"),
+        ("transformers.modeling_utils", "LlamaForCausalLM LOAD REPORT\nlm_head.bias | UNEXPECTED", None),
+    ],
+)  # fmt: skip
+def test_warnings_that_matter_are_found(logger, text, name):
+    findings = Findings()
+    handler = Warnings(findings)
+    logging.getLogger(logger).warning(text)
+    logging.getLogger(logger).removeHandler(handler)
+    assert {key: finding["problem"] for key, finding in findings.items()} == ({name: text} if name else {})
+
+
+def test_only_findings_of_the_launcher_stop_a_training(monkeypatch):
+    findings = Findings()
+    findings.add("model", "lora_r", "r is 4, not 8", "")
+    assert not findings.stop
+    monkeypatch.setenv(STOP_AT, "first-loss,model")
+    assert findings.stop
+    monkeypatch.setenv(FORCED, "model:lora_r")
+    assert not findings.stop
