@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from ..base import hub
 from ..base.errors import UserError, WorkFailed, one_line, recipe_command
-from ..base.files import opened, read_json, sha256, tensor_shapes, write_atomically
+from ..base.files import opened, sha256, tensor_shapes, write_atomically
+from ..base.hub import importing_axolotl
 from ..base.processes import make_once, start_child
 from ..base.run_files import RunFile
 from ..base.terminal import Bar, say
 from ..config import substitution
-from ..config.models import lost_in_merge
 from ..evaluate.scores_file import ADAPTER, about_rows
 from ..run import backends, launch, trust
 from ..run.rundir import RunDir
@@ -116,7 +116,7 @@ def _merge(result: RunResult) -> Path:
     """Merge base model and adapter with Axolotl, if necessary; return the merged model's folder.
 
     Raises:
-        UserError: the merge leaves out trained modules.
+        WorkFailed: the merged model is not the trained one.
     """
     folder = result.folder
     merged = folder.output / RunFile.MERGED
@@ -130,9 +130,12 @@ def _merge(result: RunResult) -> Path:
         (part / "debug.log").unlink(missing_ok=True)  # Axolotl's own log; merge.log has its output
         for file in _published(folder.output, _TOKENIZER):
             shutil.copy2(file, part)  # Axolotl copies the base model's tokenizer, without added tokens
-        if lost := lost_in_merge(result.config, read_json(part / "config.json")):  # the base model's
-            problem = f"Axolotl's merge loses the trained {', '.join(lost)}"
-            raise UserError(problem, file=folder.config_file, remedy="publish the adapter, without --merge and --gguf")
+        with importing_axolotl(offline=result.run.rehearsal):
+            from ..evaluate import merge_check
+
+            base = Path(result.run.cwd, result.config["base_model"])  # Axolotl's working folder
+            config = result.config | ({"base_model": str(base)} if base.is_dir() else {})
+            merge_check.require_equal(config, folder.output, part)
 
     return _write_once(merged, sha256(folder.adapter), [], merge_into)
 

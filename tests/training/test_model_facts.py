@@ -80,7 +80,7 @@ NAMES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "wrong"),
     [
         pytest.param(lambda _: {}, {}, id="intact"),
         pytest.param(starting_from(), {}, id="intact, from an adapter"),
@@ -148,7 +148,7 @@ NAMES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
         ),
     ],
 )
-def test_a_model_that_differs_from_its_config_is_found(tmp_path, change, found):
+def test_a_model_that_differs_from_its_config_is_found(tmp_path, change, wrong):
     save_tiny_llama(tmp_path / "tiny")
     settings = {"base_model": str(tmp_path / "tiny"), "adapter": "lora", "lora_r": 8, "lora_alpha": 16}
     settings |= {"lora_dropout": 0.05, "lora_target_modules": ALL, "fp16": False, "bf16": True, "plugins": [PLUGIN]}
@@ -160,7 +160,7 @@ def test_a_model_that_differs_from_its_config_is_found(tmp_path, change, found):
     rows = PluginManager.get_instance().plugins[PLUGIN].rows
     findings = Findings()
     model_facts.add_differences(findings, model_facts.facts(cfg, model, words, rows))
-    assert problems(findings) == found
+    assert problems(findings) == wrong
 
 
 def test_a_parameter_without_an_update_is_found(tiny):

@@ -11,7 +11,7 @@ FALLING = [3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.3]
 
 
 @pytest.mark.parametrize(
-    ("losses", "norm", "found"),
+    ("losses", "norm", "wrong"),
     [
         (FALLING, 1.0, {}),
         (FALLING[:2], None, {}),
@@ -21,19 +21,19 @@ FALLING = [3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.3]
         (FALLING, 0.0, {"grad_norm": "0: nothing is trained"}),
     ],
 )
-def test_losses_and_gradients_of_a_failing_training_are_found(losses, norm, found):
+def test_losses_and_gradients_of_a_failing_training_are_found(losses, norm, wrong):
     findings = Findings()
     judge = Signals(findings, None)
     for loss in losses:
         judge.step(loss, norm, 100, 0)
     judge.end()
-    assert {finding["key"]: finding["problem"] for finding in findings.values()} == found
+    assert {finding["key"]: finding["problem"] for finding in findings.values()} == wrong
 
 
 @pytest.mark.parametrize(
     ("logger", "text", "name"),
     [
-        ("axolotl.prompt_strategies.chat_template", "EOS token '<eos>' not found", "training:eot_tokens"),
+        ("axolotl.prompt_strategies.chat_template", "EOS token '<eos>' not in the template", "training:eot_tokens"),
         ("axolotl.utils.trainer", "Dropped 3 samples with no trainable tokens", "dropped-rows:datasets"),
         ("transformers.modeling_utils", "LlamaForCausalLM LOAD REPORT\nx | MISSING", "training:base_model"),
         ("transformers.modeling_utils", "LlamaForCausalLM LOAD REPORT\nlm_head.bias | UNEXPECTED", None),
