@@ -24,7 +24,8 @@ import orjson
 from .errors import UserError
 from .paths import absence
 
-Row = dict[str, Any]
+JsonObject = dict[str, Any]
+Row = JsonObject
 _MOST_LEVELS = 100  # of JSON; rows and records have fewer than ten
 
 

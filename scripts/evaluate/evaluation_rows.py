@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 
 from ..base.errors import UserError
-from ..base.files import Row, digest, json_rows, read_rows, sha256, write_rows
+from ..base.files import JsonObject, Row, digest, json_rows, read_rows, sha256, write_rows
 from ..base.hub import importing_axolotl
 from ..base.run_files import RunFile
 from ..base.terminal import say
@@ -170,7 +170,7 @@ def _configured(cfg: Config, folder: Path) -> RowSource | None:
     return None
 
 
-def test_entry(file: Path) -> Row:
+def test_entry(file: Path) -> JsonObject:
     """Return the entry of the test split from the manifest beside a data file."""
     return manifest.entries(file.parent).get("test", {})
 
@@ -183,7 +183,7 @@ def test_set(file: Path | None, digest: str) -> str | None:
     return _set_of(test, digest) if is_the_studys(test) else None
 
 
-def _set_of(test: Row, digest: str) -> str | None:
+def _set_of(test: JsonObject, digest: str) -> str | None:
     """Name of the test set with this hash in a manifest's test entry; None without a match."""
     sets = {"test": test} | test.get("subsets", {})
     return next((name for name, entry in sets.items() if entry.get("sha256") == digest), None)

@@ -12,7 +12,7 @@ from axolotl.utils.dict import DictDefault
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from ..base.errors import UserError, WorkFailed
-from ..base.files import Row
+from ..base.files import JsonObject, Row
 from ..base.yamlfiles import Config
 from ..config.datafiles import DatasetRef
 from ..training.row_types import Chat, row_type
@@ -147,7 +147,7 @@ class Prompter:
         return examples
 
 
-def _prompt_messages(strategy: Any, row: Row) -> list[Row] | None:
+def _prompt_messages(strategy: Any, row: Row) -> list[JsonObject] | None:
     """Messages before the answer of a chat, as Axolotl's strategy reads them; None if the row has tools."""
     if row.get("tools"):
         return None

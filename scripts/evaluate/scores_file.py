@@ -10,7 +10,18 @@ from typing import Annotated
 from pydantic import BaseModel, Field, TypeAdapter, field_validator
 
 from ..base.errors import UserError
-from ..base.files import Row, digest, json_lines, parse_json, parts_of, read_bytes, read_rows, replacing, sha256
+from ..base.files import (
+    JsonObject,
+    Row,
+    digest,
+    json_lines,
+    parse_json,
+    parts_of,
+    read_bytes,
+    read_rows,
+    replacing,
+    sha256,
+)
 from ..base.run_files import RunFile
 from ..base.terminal import say_once
 from ..metrics import registry
@@ -118,9 +129,9 @@ class Scores(BaseModel):
         return notes
 
     @property
-    def details(self) -> Row:
+    def details(self) -> JsonObject:
         """Benchmarks, scorer models and signatures behind the scores."""
-        details: Row = {}
+        details: JsonObject = {}
         for name, record in self.scores.items():
             column = self.columns[name]
             if record.benchmark:
@@ -131,7 +142,7 @@ class Scores(BaseModel):
                 details[column.detail_key("sacrebleu_signature")] = record.signature
         return details
 
-    def flat(self) -> Row:
+    def flat(self) -> JsonObject:
         """Scores, intervals, details and shares side by side, as `--json` prints them."""
         values = {name: record.value for name, record in self.scores.items()}
         intervals = {name: record.interval and [*record.interval] for name, record in self.scores.items()}

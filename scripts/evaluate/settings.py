@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, FiniteFloat
 
-from ..base.files import Row, digest
+from ..base.files import JsonObject, digest
 from ..base.run_files import RunFile
 from ..base.yamlfiles import Config
 from ..data.studies import Decoding
@@ -173,7 +173,7 @@ class EvaluationSettings(BaseModel):
         """These settings with the engine and batches of others."""
         return self.model_copy(update={key: getattr(other, key) for key in ("batch_size", *_ORIGIN)})
 
-    def identity(self) -> Row:
+    def identity(self) -> JsonObject:
         """Settings that determine a prediction, except the engine.
 
         Batches and engines change predictions only by rounding, see `engine_stands_for`.
@@ -204,7 +204,7 @@ class Example:
     prompt: list[int]
     reference: str
     answer: list[int]
-    messages: list[Row] | None = None
+    messages: list[JsonObject] | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..base import paths
 from ..base.errors import UserError, WorkFailed
-from ..base.files import Row, embedding_rows, naming, opened, read_json
+from ..base.files import JsonObject, embedding_rows, naming, opened, read_json
 from ..base.processes import start_child
 from ..base.run_files import RunFile
 from ..base.terminal import Bar
@@ -95,7 +95,7 @@ def _obstacle(adapter: Path) -> str | None:
     return None
 
 
-def _rank(config: Row) -> int:
+def _rank(config: JsonObject) -> int:
     """Highest rank in an adapter's config; 0 without a rank."""
     return max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
 
