@@ -1,4 +1,4 @@
-"""How often the interval of repeated runs covers the true score, in simulated studies: `tools/interval_coverage.py`.
+"""Measures how often the interval of repeated runs covers the true score, in simulated studies.
 
 A study's mean squares are those of a two-way layout of normal scores: independent of each other and of the mean, each a
 multiple of a chi-square variable (Scheffé 1959, The Analysis of Variance, section 7.4). So they are drawn without the

@@ -113,11 +113,11 @@ class RenderedRows:
             self.ended += bool(learnt)
             self.learnt_ends |= learnt
 
-    def _compare_text(self, place: Place, row: Row, rendered: str) -> None:
+    def _compare_text(self, place: Place, row: Row, decoded: str) -> None:
         """Find text of the row's fields that the training text lacks."""
-        whole = squeezed(rendered)
+        rendered = squeezed(decoded)
         for path, text in self.kind.texts_of(row):
-            pieces = [] if _is_in(text, whole) else _left_out(text, whole)
+            pieces = [] if _is_in(text, rendered) else _left_out(text, rendered)
             if pieces:
                 self.left_out[path] += sum(map(len, pieces))
                 self.faults.note("text-left-out", path, *place, pieces[0][:_MOST_EXAMPLE])
@@ -266,19 +266,19 @@ def _changes_by_day(tokenizer: Tokenizer, dataset: DatasetRef, rows: Sequence[Ro
     return tokens[0] != tokens[1]
 
 
-def _is_in(text: str, whole: str) -> bool:
+def _is_in(text: str, rendered: str) -> bool:
     """True if a text stands in a squeezed text, as it is or as JSON."""
     forms = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
-    return any(squeezed(form) in whole for form in forms)
+    return any(squeezed(form) in rendered for form in forms)
 
 
-def _left_out(text: str, whole: str) -> list[str]:
+def _left_out(text: str, rendered: str) -> list[str]:
     """Parts of a text that a squeezed text lacks."""
-    return [piece.strip() for piece in _PIECES.split(text) if not _is_in(piece, whole)]
+    return [piece.strip() for piece in _PIECES.split(text) if not _is_in(piece, rendered)]
 
 
 def _difference(training: str, generation: str) -> str:
-    """What differs between two prompts, for a message."""
+    """Difference between two prompts, for a message."""
     common = 0
     for one, other in zip(training, generation, strict=False):
         if one != other:

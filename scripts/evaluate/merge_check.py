@@ -65,8 +65,8 @@ def distances(config: Config, adapter: Path, merged: Path) -> tuple[float, float
     return _distance(written(ids).logits, expected), _distance(rounded(ids).logits, expected)
 
 
-def _distance(logits: torch.Tensor, others: torch.Tensor) -> float:
-    return float((logits - others).square().mean().sqrt())
+def _distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((logits - expected).square().mean().sqrt())
 
 
 def _round_to_4_bits(model: Any, settings: Mapping[str, Any]) -> None:
