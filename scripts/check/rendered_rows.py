@@ -14,7 +14,7 @@ from ..base.files import Row
 from ..base.yamlfiles import Config, write_flow
 from ..config import datafiles, models
 from ..config.datafiles import DatasetRef
-from ..config.finding import Faults, Finding
+from ..config.finding import DATED, Faults, Finding
 from ..config.substitution import uses_small_model
 from ..training.row_types import Chat, Segments, row_type
 from ..training.tokens import Tokenizer, Tokens, changed_by_loading, end_ids, on_day, read_keys
@@ -255,7 +255,7 @@ class RenderedRows:
         fixed = Tokenizer(self.tokenizer.content | {"chat_template_kwargs": _FIXED_DATE})
         if not _changes_by_day(fixed, self.dataset, rows):
             remedy = f"set {write_flow({'chat_template_kwargs': _FIXED_DATE})[1:-1]}"
-        yield Finding("error", "dated-template", "chat_template", problem, remedy)
+        yield Finding("error", DATED, "chat_template", problem, remedy)
 
 
 def _changes_by_day(tokenizer: Tokenizer, dataset: DatasetRef, rows: Sequence[Row]) -> bool:

@@ -13,12 +13,13 @@ from pathlib import Path
 from ..base import hardware, paths, yamlfiles
 from ..base.errors import UserError, recipe_command
 from ..base.files import sha256, write_atomically
+from ..base.processes import now
 from ..base.terminal import Bar, say, say_once
 from ..base.yamlfiles import Config
 from ..check import check
 from ..config import datafiles, gpus, keys, substitution
 from ..config.compose import Composed, Request, compose, filled, is_rehearsal
-from ..config.finding import Finding, override_errors, refuse, remaining_errors, unknown_force
+from ..config.finding import DATED, Finding, override_errors, refuse, remaining_errors, unknown_force
 from ..training.run_record import Run, collect
 from . import backends, launch, trust
 from .backends import Backend, Command, Task, TaskResult
@@ -283,6 +284,8 @@ def create(composed: Composed, request: Request) -> RunDir:
     substitution.restore(composed.config)
     with new_run(paths.runs() / composed.recipe, composed.digest[:7]) as (folder, part):
         config = launch_config(composed, folder)
+        if f"{DATED}:chat_template" in request.force:  # prepared rows contain the day
+            config["dataset_prepared_path"] += f"-{now()[:10]}"
         for difference in composed.differences:  # record tracker keys with placeholders filled in
             difference.run = config.get(difference.key, difference.run)
         record = record_of(composed, request)

@@ -354,6 +354,13 @@ def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
     assert f"recipe: {row['trouble']}" == done.stderr.splitlines()[-1]
 
 
+def test_prepared_rows_of_a_template_with_a_date_are_those_of_the_day(tmp_path, tiny_profile, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dated = Request(PAGED, profiles=[str(tiny_profile)], force=["dated-template:chat_template"])
+    folder = run.create(compose.compose(dated), dated)
+    assert folder.prepared.endswith(f"-{now()[:10]}")
+
+
 REACHED = """
 import os, subprocess, sys, traceback
 from qlora_recipes import cli
