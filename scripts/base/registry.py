@@ -48,21 +48,27 @@ class Registry[T](Mapping[str, T]):
         Raises:
             UserError: no entry has the name.
         """
-        if name in self:
+        try:
             return self[name]
-        hint = did_you_mean(name, self) or f"; the {self.kind}s are {', '.join(self)}"
-        raise UserError(f"no {self.kind} is called {name}{hint}", key=f"{option} {name}" if option else "")
+        except KeyError:
+            raise UserError(self.unknown(name), key=option and f"{option} {name}") from None
 
-    def _loaded(self) -> dict[str, T]:
+    def unknown(self, name: str) -> str:
+        """Message about a name that no entry has, with similar names or all."""
+        hint = did_you_mean(name, self) or f"; the {self.kind}s are {', '.join(self)}"
+        return f"no {self.kind} is called {name}{hint}"
+
+    def built_in(self) -> dict[str, T]:
+        """Entries that the modules have added."""
         for module in self._modules:
             import_module(module)
         return self._entries
 
     def __getitem__(self, name: str) -> T:
-        return self._loaded()[name]
+        return self.built_in()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._loaded())
+        return iter(self.built_in())
 
     def __len__(self) -> int:
-        return len(self._loaded())
+        return sum(1 for _ in self)

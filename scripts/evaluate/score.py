@@ -16,6 +16,7 @@ from ..metrics.answers import GroupParameters
 from ..metrics.bertscore import ScorerMetric, ScorerModel, is_recorded, layer_of
 from ..metrics.metric import (
     FEWEST,
+    METRICS,
     BenchmarkMetric,
     Column,
     LossMetric,
@@ -50,8 +51,10 @@ def columns_of(recipe: str, requested: Iterable[str] = (), references: Sequence[
         references: expected answers, which decide the default metrics, see `registry.default_columns`.
 
     Raises:
-        UserError: a value is malformed or redefines a metric of the study, or a mean is of an unsuitable metric.
+        UserError: a value is malformed or redefines a metric of the study, a mean is of an unsuitable metric, or a
+            metric of another package has a name that is taken.
     """
+    METRICS.require_distinct()
     study = studies.study_of(recipe)
     declared = study.columns if study else {}
     additional = registry.requested(requested)

@@ -24,12 +24,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal, DecimalException
 from statistics import fmean, pvariance
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from ..base.registry import Registry
 from .metric import (
     FEWEST,
+    METRICS,
     NORMAL,
     Bounds,
     Column,
@@ -41,12 +43,35 @@ from .metric import (
     ScoringInput,
 )
 
-MARKERS = {
-    "loftq": ("The final answer is: ",),
-    "peft": ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### "),
-    "pissa": ("The answer is: ",),
-    "loraga": ("####",),
-}
+Number = float | Decimal | str | None  # a text is compared as it is
+
+
+@dataclass(frozen=True)
+class Parser:
+    """Method to find the number in an answer.
+
+    Attributes:
+        find: finds the number in a text, with markers in order of search.
+        markers: the authors' markers.
+    """
+
+    find: Callable[[str, Sequence[str]], Number]
+    markers: tuple[str, ...]
+
+
+PARSERS = Registry[Parser]("parser")
+
+
+def parser[F: Callable[[str, Sequence[str]], Number]](name: str, *markers: str) -> Callable[[F], F]:
+    """Decorator that adds a function to the parsers."""
+
+    def add(find: F) -> F:
+        PARSERS.add(name, Parser(find, markers))
+        return find
+
+    return add
+
+
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 _SIGNED = re.compile(r"[-+]?\d*[.,/]?\d+")
 
@@ -59,19 +84,27 @@ class NumberParameters(Parameters):
         markers: texts that precede the number, in order of search; by default the authors' markers.
     """
 
-    parser: Literal["loftq", "peft", "pissa", "loraga"] = "loftq"
+    parser: str = "loftq"
     markers: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
+
+    @field_validator("parser")
+    @classmethod
+    def _require_parser(cls, name: str) -> str:
+        if name not in PARSERS:
+            raise ValueError(PARSERS.unknown(name))
+        return name
 
     @property
     def sought(self) -> tuple[str, ...]:
         """Markers in order of search."""
-        return self.markers or MARKERS[self.parser]
+        return self.markers or PARSERS[self.parser].markers
 
 
 def _marker(text: str, markers: Sequence[str]) -> str | None:
     return next((marker for marker in markers if marker in text), None)
 
 
+@parser("loftq", "The final answer is: ")
 def _by_loftq(text: str, markers: Sequence[str]) -> float | None:
     text = text.replace(",", "")
     marker = _marker(text, markers)
@@ -83,6 +116,7 @@ def _by_loftq(text: str, markers: Sequence[str]) -> float | None:
     return float(numbers[-1]) if numbers else None
 
 
+@parser("peft", "The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
 def _by_peft(text: str, markers: Sequence[str]) -> Decimal | str | None:
     marker = _marker(text, markers)
     if marker is None:
@@ -98,6 +132,7 @@ def _by_peft(text: str, markers: Sequence[str]) -> Decimal | str | None:
     return line
 
 
+@parser("pissa", "The answer is: ")
 def _by_pissa(text: str, markers: Sequence[str]) -> int | None:
     marker = _marker(text, markers)
     number = _SIGNED.search(text.rpartition(marker)[2]) if marker else None
@@ -112,23 +147,15 @@ def _by_pissa(text: str, markers: Sequence[str]) -> int | None:
     return None
 
 
+@parser("loraga", "####")
 def _by_loraga(text: str, markers: Sequence[str]) -> Decimal:
     number = re.search(rf"(?:{'|'.join(map(re.escape, markers))})\s*(\d+)", text)
     return Decimal(number[1]) if number else Decimal()
 
 
-Number = float | Decimal | str | None  # a text is compared as it is
-_PARSERS: dict[str, Callable[[str, Sequence[str]], Number]] = {
-    "loftq": _by_loftq,
-    "peft": _by_peft,
-    "pissa": _by_pissa,
-    "loraga": _by_loraga,
-}
-
-
 def number_of(text: str, parameters: NumberParameters) -> Number:
     """Number in an answer, or a text that is compared instead; None without either."""
-    return _PARSERS[parameters.parser](text, parameters.sought)
+    return PARSERS[parameters.parser].find(text, parameters.sought)
 
 
 def number_of_reference(text: str, parameters: NumberParameters) -> Number:
@@ -247,33 +274,38 @@ def mean_of_groups(groups: Sequence[Sequence[float]], averaged: RowMetric) -> tu
     return mean, (max(mean - half, averaged.low), min(mean + half, high))
 
 
-NUMBER = RowMetric(
-    name="number",
-    label="right numbers",
-    hub_type="accuracy",
-    unit="%",
-    source="the code of LoftQ, PEFT's method comparison, PiSSA or LoRA-GA",
-    score_rows=number,
-    all_or_nothing=True,
-    parameters=NumberParameters,
-    notes=notes_on_numbers,
+METRICS.include(
+    RowMetric(
+        name="number",
+        label="right numbers",
+        hub_type="accuracy",
+        unit="%",
+        source="the code of LoftQ, PEFT's method comparison, PiSSA or LoRA-GA",
+        score_rows=number,
+        all_or_nothing=True,
+        parameters=NumberParameters,
+        notes=notes_on_numbers,
+    )
 )
-CHOICE = RowMetric(
-    name="choice",
-    label="right choices",
-    hub_type="accuracy",
-    unit="%",
-    source="this project",
-    score_rows=choice,
-    all_or_nothing=True,
-    parameters=ChoiceParameters,
+METRICS.include(
+    RowMetric(
+        name="choice",
+        label="right choices",
+        hub_type="accuracy",
+        unit="%",
+        source="this project",
+        score_rows=choice,
+        all_or_nothing=True,
+        parameters=ChoiceParameters,
+    )
 )
-MEAN_OF_GROUPS = GroupMetric(
-    name="mean_of_groups",
-    label="mean of groups",
-    hub_type="accuracy",
-    unit="%",
-    source="this project",
-    parameters=GroupParameters,
+METRICS.include(
+    GroupMetric(
+        name="mean_of_groups",
+        label="mean of groups",
+        hub_type="accuracy",
+        unit="%",
+        source="this project",
+        parameters=GroupParameters,
+    )
 )
-METRICS = (NUMBER, CHOICE, MEAN_OF_GROUPS)

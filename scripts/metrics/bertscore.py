@@ -11,7 +11,7 @@ from pydantic import Field
 from ..base.errors import UserError, WorkFailed, first_line
 from ..base.files import sha256
 from ..base.hub import importing_axolotl
-from .metric import Column, Pair, Parameters, RowMetric, ScoreRecord, ScorerRecord, ScoringInput
+from .metric import METRICS, Column, Pair, Parameters, RowMetric, ScoreRecord, ScorerRecord, ScoringInput
 
 DEFAULT = "roberta-large"  # bert-score's default for English
 
@@ -146,13 +146,15 @@ class ScorerMetric(RowMetric):
         return super().measure(column, data).model_copy(update={"scorer": record(scorer)})
 
 
-METRIC = ScorerMetric(
-    name="bertscore_f1",
-    label="BERTScore F1",
-    hub_type="bertscore",
-    low=-1,
-    high=1,
-    source="bert-score, arXiv 1904.09675",
-    score_rows=f1,
-    parameters=ScorerModel,
+METRICS.include(
+    ScorerMetric(
+        name="bertscore_f1",
+        label="BERTScore F1",
+        hub_type="bertscore",
+        low=-1,
+        high=1,
+        source="bert-score, arXiv 1904.09675",
+        score_rows=f1,
+        parameters=ScorerModel,
+    )
 )

@@ -1,15 +1,18 @@
 """Metrics, columns (named metrics with parameters), and score records."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
 from statistics import fmean
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from ..base.errors import UserError, with_type
 from ..base.files import Row
+from ..base.registry import Registry
 from ..base.yamlfiles import Config
 
 Pair = tuple[str, str]  # reference and prediction
@@ -356,6 +359,71 @@ class Column:
         If the names of column and metric differ, the column's name is added as a prefix.
         """
         return detail if self.name == self.metric.name else f"{self.name}_{detail}"
+
+
+class MetricRegistry(Registry[Metric]):
+    """Metrics by name: this project's, and those that installed packages have in the entry-point group `GROUP`.
+
+    The packages are searched only for a name that this project lacks, or for all names, because that takes time.
+    """
+
+    GROUP = "qlora_recipes.metrics"
+
+    def include(self, metric: Metric) -> None:
+        """Add a metric of this project."""
+        self.add(metric.name, metric)
+
+    @cached_property
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        """Entry points of other packages by the name of their metric.
+
+        Raises:
+            UserError: a name is taken.
+        """
+        points: dict[str, EntryPoint] = {}
+        for point in entry_points(group=self.GROUP):
+            if point.name in points or point.name in self.built_in():
+                raise _refusal(point, "another metric has this name")
+            points[point.name] = point
+        return points
+
+    def require_distinct(self) -> None:
+        """Raise UserError if a metric of another package has a name that is taken."""
+        self.names()
+
+    def __getitem__(self, name: str) -> Metric:
+        if name in self.built_in():
+            return self.built_in()[name]
+        return _loaded(self._entry_points[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.built_in(), *self._entry_points])
+
+
+def _loaded(point: EntryPoint) -> Metric:
+    """Metric of another package.
+
+    Raises:
+        UserError: the package has a mistake.
+    """
+    try:
+        metric = point.load()
+    except Exception as error:  # any, because the code is another package's
+        raise _refusal(point, with_type(error)) from None
+    if isinstance(metric, Metric) and metric.name == point.name:
+        return metric
+    raise _refusal(point, f"{point.value} is no Metric with this name")
+
+
+def _refusal(point: EntryPoint, problem: str) -> UserError:
+    assert point.dist  # of an installed package
+    package = f"{point.dist.name} {point.dist.version}"
+    return UserError(f"{package}: metric {point.name}: {problem}; correct or uninstall the package")
+
+
+METRICS = MetricRegistry(
+    "metric", *(f"{__package__}.{module}" for module in ("text", "answers", "bertscore", "registry"))
+)
 
 
 def is_of_trainer(column: Column) -> bool:

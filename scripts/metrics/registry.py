@@ -1,4 +1,4 @@
-"""All metrics, and columns from study.yaml, --metric and scores.json."""
+"""Metrics of runs, and columns from study.yaml, --metric and scores.json."""
 
 import math
 import re
@@ -9,12 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..base import yamlfiles
-from ..base.errors import UserError, did_you_mean
+from ..base.errors import UserError
 from ..base.yamlfiles import Config
-from . import bertscore
-from .answers import METRICS as OF_ANSWERS
-from .metric import BenchmarkMetric, Column, LossMetric, Metric, Parameters, ScoreRecord
-from .text import METRICS as OF_TEXTS
+from .metric import METRICS, BenchmarkMetric, Column, LossMetric, Parameters, ScoreRecord
 
 
 class BenchmarkParameters(Parameters):
@@ -63,11 +60,11 @@ PERPLEXITY = LossMetric(
     higher_is_better=False,
     score_loss=math.exp,
 )
-_OF_RUNS = (EVAL_LOSS, PERPLEXITY, BENCHMARK)
-METRICS: dict[str, Metric] = {metric.name: metric for metric in (*OF_TEXTS, *OF_ANSWERS, bertscore.METRIC, *_OF_RUNS)}
+for _metric in (EVAL_LOSS, PERPLEXITY, BENCHMARK):
+    METRICS.include(_metric)
 TASK, SCORER = "benchmark:", "bertscore:"  # prefixes in --metric
-OF_TEXT_ROWS = [metric.name for metric in (*OF_TEXTS, bertscore.METRIC)]
-"""Metrics that need nothing but texts."""
+OF_TEXT_ROWS = ("bleu4", "rouge_l", "sacrebleu", "chrf", "exact_match", "bertscore_f1")
+"""Keys of rows that are earlier scores, if no column has the name."""
 DEFAULT: tuple[str, ...] = ("eval_loss", "exact_match")
 """Default metrics, for use if neither a study nor --metric names any."""
 DEFAULT_FOR_TEXTS = (*DEFAULT, "rouge_l", "sacrebleu")
@@ -102,16 +99,16 @@ def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
     wrong_key = "metric" if "metric" in parameters else ""
     kind = str(parameters.pop("metric", name))
     label = parameters.pop("label", None)
-    if kind not in METRICS:
-        hint = did_you_mean(kind, METRICS) or f"; the metrics are {', '.join(METRICS)}"
-        raise WrongMetric(wrong_key, f"no metric is called {kind}{hint}")
+    try:
+        metric = METRICS.find(kind)
+    except UserError as error:
+        raise WrongMetric(wrong_key, error.problem) from None
     if name in _TAKEN:
         raise WrongMetric("", f"{name} has another meaning in results; give the column another name")
     if not _NAME.fullmatch(name):
         raise WrongMetric("", f"{name} must consist of letters, digits and _; give the column another name")
     if label is not None and not (isinstance(label, str) and label.strip()):
         raise WrongMetric("label", "expected a text")
-    metric = METRICS[kind]
     try:
         return Column(name, metric, metric.parameters.model_validate(parameters), label)
     except ValidationError as error:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from .metric import CorpusMetric, Pair, Parameters, RowMetric
+from .metric import METRICS, CorpusMetric, Pair, Parameters, RowMetric
 
 _WORD = re.compile(r"[^\W_]+|_|[^\w\s]")
 _TINY = sys.float_info.min  # replaces 0 in logarithms: an empty prediction scores 100 exp(-len(reference))
@@ -152,47 +152,56 @@ def exact_match(pairs: Sequence[Pair], parameters: ExactMatchParameters) -> list
     return [100.0 if plain(reference) == plain(prediction) else 0.0 for reference, prediction in pairs]
 
 
-BLEU4 = RowMetric(
-    name="bleu4",
-    label="BLEU-4",
-    hub_type="bleu",
-    source="smoothed sentence BLEU-4 as CodeReviewer computes it, arXiv 2203.09095",
-    score_rows=_bleu4_by_row,
+METRICS.include(
+    RowMetric(
+        name="bleu4",
+        label="BLEU-4",
+        hub_type="bleu",
+        source="smoothed sentence BLEU-4 as CodeReviewer computes it, arXiv 2203.09095",
+        score_rows=_bleu4_by_row,
+    )
 )
-ROUGE_L = RowMetric(
-    name="rouge_l",
-    label="ROUGE-L",
-    hub_type="rouge",
-    high=1,
-    source="the F1 of rouge-score, Lin 2004, https://aclanthology.org/W04-1013",
-    score_rows=rouge_l,
-    parameters=RougeParameters,
+METRICS.include(
+    RowMetric(
+        name="rouge_l",
+        label="ROUGE-L",
+        hub_type="rouge",
+        high=1,
+        source="the F1 of rouge-score, Lin 2004, https://aclanthology.org/W04-1013",
+        score_rows=rouge_l,
+        parameters=RougeParameters,
+    )
 )
-SACREBLEU = CorpusMetric(
-    name="sacrebleu",
-    label="sacrebleu's corpus BLEU",
-    hub_type="sacrebleu",
-    source="corpus BLEU of sacrebleu, Post 2018, https://aclanthology.org/W18-6319",
-    score_corpus=sacrebleu,
-    parameters=SacrebleuParameters,
-    signature=signature,
+METRICS.include(
+    CorpusMetric(
+        name="sacrebleu",
+        label="sacrebleu's corpus BLEU",
+        hub_type="sacrebleu",
+        source="corpus BLEU of sacrebleu, Post 2018, https://aclanthology.org/W18-6319",
+        score_corpus=sacrebleu,
+        parameters=SacrebleuParameters,
+        signature=signature,
+    )
 )
-CHRF = RowMetric(
-    name="chrf",
-    label="chrF",
-    hub_type="chrf",
-    source="sentence chrF of sacrebleu, Popović 2015, https://aclanthology.org/W15-3049",
-    score_rows=chrf,
-    parameters=ChrfParameters,
+METRICS.include(
+    RowMetric(
+        name="chrf",
+        label="chrF",
+        hub_type="chrf",
+        source="sentence chrF of sacrebleu, Popović 2015, https://aclanthology.org/W15-3049",
+        score_rows=chrf,
+        parameters=ChrfParameters,
+    )
 )
-EXACT_MATCH = RowMetric(
-    name="exact_match",
-    label="exact match",
-    hub_type="exact_match",
-    unit="%",
-    source="this project",
-    score_rows=exact_match,
-    all_or_nothing=True,
-    parameters=ExactMatchParameters,
+METRICS.include(
+    RowMetric(
+        name="exact_match",
+        label="exact match",
+        hub_type="exact_match",
+        unit="%",
+        source="this project",
+        score_rows=exact_match,
+        all_or_nothing=True,
+        parameters=ExactMatchParameters,
+    )
 )
-METRICS = (BLEU4, ROUGE_L, SACREBLEU, CHRF, EXACT_MATCH)

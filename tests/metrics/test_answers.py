@@ -105,7 +105,7 @@ def test_what_has_no_number_is_never_right_and_noted_with_an_example():
     plain, told = (registry.column("number", {"parser": "peft"} | more) for more in ({}, {"markers": ["A: ", "#### "]}))
     assert isinstance(plain.metric, RowMetric)
     pairs = [("A: 7", "A: 7"), ("#### 8", "A: 8")]
-    markers = " or ".join(map(repr, answers.MARKERS["peft"]))
+    markers = " or ".join(map(repr, answers.PARSERS["peft"].markers))
     reason = f"have no number, so their rows score 0 (as in 'A: 7'; the markers are {markers})"
     assert plain.metric.notes(pairs, plain.parameters) == [
         f"1 of 2 references {reason}; other markers can be set with `markers`",
@@ -153,7 +153,7 @@ def test_the_first_word_of_the_references_set_is_the_choice(reference, predictio
     assert registry.column("choice", column.entry).same_scores(column)  # as scores.json has it
 
 
-@pytest.mark.parametrize("parser", answers.MARKERS)
+@pytest.mark.parametrize("parser", answers.PARSERS)
 def test_a_reference_is_read_from_its_last_marker(parser):
     reference = "Job A: 2000 hours are billed, and 6400 more.\nA: 8400"
     markers = {"parser": parser, "markers": ["A: "]}

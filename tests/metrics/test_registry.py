@@ -91,7 +91,7 @@ def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label():
             "number",
             {"parser": "us"},
             "parser",
-            "Input should be 'loftq', 'peft', 'pissa' or 'loraga', not us; number takes parser, markers",
+            "no parser is called us; the parsers are loftq, peft, pissa, loraga; number takes parser, markers",
             id="unknown parser",
         ),
         pytest.param(
