@@ -30,18 +30,21 @@ def beyond_context(case: Case) -> Problems:
 def missing_special_token(case: Case) -> Problems:
     """Axolotl adds a missing token with a new embedding row, which LoRA does not train (loaders/tokenizer.py).
 
+    Nor for the list additional_special_tokens, of which Axolotl trains without a word on untrained rows (seen).
     For a padding token, the untrained row does not matter, because padding carries no loss. But the row must be added
     to the base model before the adapter is loaded; otherwise PEFT fails (seen).
     """
     pattern = case.model.special_tokens
     if not pattern or set(models.TRAINABLE) <= set(listed(case.config, "lora_modules_to_save")):
         return
-    for name, token in (case["special_tokens"] or {}).items():
-        if isinstance(token, str) and not re.fullmatch(pattern, token):
+    for name, value in (case["special_tokens"] or {}).items():
+        tokens = value if isinstance(value, list) else [value]
+        unknown = [str(token) for token in tokens if token and not re.fullmatch(pattern, str(token))]
+        if unknown:
             level: Level = "warning" if name == "pad_token" else "error"
             problem = (
-                f"{token} is not a special token of this model: Axolotl adds it with a new embedding row; LoRA does "
-                "not train that row, and loading the adapter requires adding it to the base model"
+                f"{', '.join(unknown)} is not a special token of this model: Axolotl adds it with a new embedding row; "
+                "LoRA does not train that row, and loading the adapter requires adding it to the base model"
             )
             such_as = f", such as {case.model.pad_token} for padding" if case.model.pad_token else ""
             tying = " and peft_ensure_weight_tying: true" if models.ties_embeddings(case.architecture) else ""
@@ -234,3 +237,12 @@ def not_quantized(case: Case) -> Problems:
     """Axolotl quantizes to 4 bits only for the adapters qlora and mixlora (axolotl/loaders/model.py)."""
     if case["adapter"] == "lora" and case["load_in_4bit"]:
         yield "error", "adapter", "lora ignores load_in_4bit: the base stays in 16 bits", "set adapter: qlora"
+
+
+@rule
+def overridden_targets(case: Case) -> Problems:
+    """With lora_target_linear, Axolotl adapts all linear layers besides the listed ones (loaders/adapter.py; seen)."""
+    targets = set(listed(case.config, "lora_target_modules"))
+    if case["lora_target_linear"] and targets - set(models.TRAINABLE):
+        problem = "adapts all linear layers, not only those of lora_target_modules"
+        yield "error", "lora_target_linear", problem, "delete one of the two keys"

@@ -121,12 +121,35 @@ def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
 def _unknown_key(error: Any, start: str, key: str, foreign: list[str]) -> Finding:
     """Finding for a key that the schema does not list; `start` is the beginning of its dotted key."""
     near = did_you_mean(key, error.schema.get("properties", {}))
+    if key in _FOREIGN:
+        near = f"; it is {_FOREIGN[key]} here"
     problem = f"unknown to Axolotl{near or ', which would ignore it'}"
     if error.instance[key] is None:
         return _finding("warning", "unknown-key", f"{start}{key}", problem, "delete the empty key")
     if foreign and not start:  # perhaps a key of that plugin
         return _finding("warning", "unknown-key", key, problem, f"or does it belong to {foreign[0]}?")
     return _finding("error", "unknown-key", f"{start}{key}", problem)
+
+
+_FOREIGN = {  # keys of TRL, transformers, PEFT, Unsloth and LLaMA-Factory
+    "max_seq_length": "sequence_len",
+    "max_length": "sequence_len",
+    "cutoff_len": "sequence_len",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "target_modules": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save",
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "lr_scheduler_type": "lr_scheduler",
+    "optim": "optimizer",
+    "model_name_or_path": "base_model",
+    "template": "chat_template",
+    "packing": "sample_packing",
+    "train_on_prompt": "train_on_inputs",
+    "train_on_split": "split of the data set",
+}
 
 
 def _choices(error: Any) -> str:

@@ -376,3 +376,30 @@ def long_warm_up(case: Case) -> Problems:
     """With a warm-up longer than training, the learning rate never reaches its full value."""
     if case.steps and (case["warmup_steps"] or 0) >= case.steps:
         yield "error", "warmup_steps", f"warm-up never ends: training has at most {case.steps} steps", "lower it"
+
+
+@rule
+def cannot_resume(case: Case) -> Problems:
+    """A checkpoint without optimizer and scheduler restarts both (transformers' Trainer, _save_checkpoint)."""
+    if case["save_only_model"]:
+        problem = "checkpoints have no optimizer state: a resumed run restarts optimizer and schedule"
+        yield "warning", "save_only_model", problem, "delete it"
+
+
+@rule
+def deleted_checkpoints(case: Case) -> Problems:
+    """Without save_total_limit, Axolotl keeps four checkpoints (core/builders/base.py)."""
+    saves = (case["saves_per_epoch"] or 0) * TrainingSettings.of(case.config).num_epochs
+    if saves > _KEPT and not case.is_set("save_total_limit"):
+        problem = f"not set: of {saves:.0f} checkpoints, only the last {_KEPT} are kept"
+        yield "note", "save_total_limit", problem, "set it to the number that you need"
+
+
+_KEPT = 4
+
+
+@rule
+def no_preference(case: Case) -> Problems:
+    """With a beta of 0, the loss of DPO is constant: 0.6931, with a gradient of 0 (TRL#1311; seen)."""
+    if case["rl"] and case["rl_beta"] == 0:
+        yield "error", "rl_beta", "0: preferences have no effect, and nothing is trained", "set it, for example to 0.1"

@@ -318,7 +318,7 @@ def unknown_roles(strategy: Any, row: Row) -> list[str]:
     """Roles of a row that neither its data set nor the template knows, in alphabetical order."""
     roles = {strategy.transform_message(message)["role"] for message in strategy._get_messages(row)}
     template = strategy.prompter.chat_template
-    roles -= {*strategy.prompter.roles.values(), *strategy.roles_to_train}
+    roles -= {*strategy.prompter.roles.values(), *strategy.roles_to_train, "system", "user", "assistant"}
     return sorted(role for role in roles if not re.search(rf"""['"]{re.escape(role)}['"]""", template))
 
 

@@ -78,6 +78,37 @@ def data(**change: Any) -> dict[str, Any]:
 # what is changed in a recipe, and the one finding that it gives
 CASES: list[tuple[dict[str, Any], str]] = [
     (
+        {"lora_target_linear": True},
+        "error: lora_target_linear: adapts all linear layers, not onl"
+        "y those of lora_target_modules; delete one of the two keys [overridden-targets:lora_target"
+        "_linear]",
+    ),
+    (
+        {"save_only_model": True},
+        "warning: save_only_model: checkpoints have no optimizer stat"
+        "e: a resumed run restarts optimizer and schedule; delete it [cannot-resume:save_only_model"
+        "]",
+    ),
+    (
+        {"saves_per_epoch": 5, "save_total_limit": None},
+        "note: save_total_limit: not set: of 10 checkpoints, only the"
+        " last 4 are kept; set it to the number that you need [deleted-checkpoints:save_total_limit"
+        "]",
+    ),
+    (
+        {"rl": "dpo", "rl_beta": 0.0},
+        "error: rl_beta: 0: preferences have no effect, and nothing i"
+        "s trained; set it, for example to 0.1 [no-preference:rl_beta]",
+    ),
+    (
+        {"special_tokens": {"additional_special_tokens": ["<tool>"]}},
+        "error: special_tokens.additional_special_tokens: <tool> is n"
+        "ot a special token of this model: Axolotl adds it with a new embedding row; LoRA does not "
+        "train that row, and loading the adapter requires adding it to the base model; use one of the mo"
+        "del's tokens, or set lora_modules_to_save: [embed_tokens, lm_head] [missing-special-token:speci"
+        "al_tokens.additional_special_tokens]",
+    ),
+    (
         {"datasets": None},
         "error: datasets: the config has no training data; list a data set with path and type [no-data:datasets]",
     ),

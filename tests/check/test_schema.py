@@ -29,6 +29,11 @@ def findings_of(change: yamlfiles.Config) -> list[str]:
             "error: lora_rr: unknown to Axolotl; did you mean lora_r or lora_dropout? [unknown-key:lora_rr]",
         ),
         (
+            {"per_device_train_batch_size": 8},
+            "error: per_device_train_batch_size: unknown to Axolotl; it is micro_batch_size here "
+            "[unknown-key:per_device_train_batch_size]",
+        ),
+        (
             {"datasets": [{"path": "x", "typ": "alpaca"}]},
             "error: datasets.0.typ: unknown to Axolotl; did you mean type or ds_type? [unknown-key:datasets.0.typ]",
         ),
