@@ -239,7 +239,7 @@ def not_quantized(case: Case) -> Problems:
         yield "error", "adapter", "lora ignores load_in_4bit: the base stays in 16 bits", "set adapter: qlora"
 
 
-@rule
+@rule()
 def overridden_targets(case: Case) -> Problems:
     """With lora_target_linear, Axolotl adapts all linear layers besides the listed ones (loaders/adapter.py; seen)."""
     targets = set(listed(case.config, "lora_target_modules"))

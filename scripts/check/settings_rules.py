@@ -378,7 +378,7 @@ def long_warm_up(case: Case) -> Problems:
         yield "error", "warmup_steps", f"warm-up never ends: training has at most {case.steps} steps", "lower it"
 
 
-@rule
+@rule()
 def cannot_resume(case: Case) -> Problems:
     """A checkpoint without optimizer and scheduler restarts both (transformers' Trainer, _save_checkpoint)."""
     if case["save_only_model"]:
@@ -386,7 +386,7 @@ def cannot_resume(case: Case) -> Problems:
         yield "warning", "save_only_model", problem, "delete it"
 
 
-@rule
+@rule()
 def deleted_checkpoints(case: Case) -> Problems:
     """Without save_total_limit, Axolotl keeps four checkpoints (core/builders/base.py)."""
     saves = (case["saves_per_epoch"] or 0) * TrainingSettings.of(case.config).num_epochs
@@ -398,7 +398,7 @@ def deleted_checkpoints(case: Case) -> Problems:
 _KEPT = 4
 
 
-@rule
+@rule()
 def no_preference(case: Case) -> Problems:
     """With a beta of 0, the loss of DPO is constant: 0.6931, with a gradient of 0 (TRL#1311; seen)."""
     if case["rl"] and case["rl_beta"] == 0:

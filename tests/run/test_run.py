@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from qlora_recipes.base import paths
 from qlora_recipes.base.files import sha256
+from qlora_recipes.base.processes import now
 from qlora_recipes.config import compose
 from qlora_recipes.config.compose import Request
 from qlora_recipes.evaluate.scores_file import ADAPTER
