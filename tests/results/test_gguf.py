@@ -16,6 +16,7 @@ from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.config import models, substitution
 from qlora_recipes.data.studies import Decoding
+from qlora_recipes.evaluate import merge_check
 from qlora_recipes.results import gguf, publish
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run import launch
@@ -131,6 +132,7 @@ def trained(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
     axolotl.write_text(f"#!{sys.executable}\n{AXOLOTL}")
     axolotl.chmod(0o755)
     monkeypatch.setattr(launch, "AXOLOTL", axolotl)
+    monkeypatch.setattr(merge_check, "require_equal", lambda *_: None)  # the program writes no model
     return run
 
 
