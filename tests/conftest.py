@@ -142,7 +142,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ASK_CHILD = validation._ask_child
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def validates_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Axolotl's validation in this process, which imports Axolotl once, rather than in a process for each command."""
 
@@ -163,7 +163,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Recipe:
+def recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], validates_here: None
+) -> Recipe:
     def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
         words = [*map(str, arguments)]
         terminal.say_once.cache_clear()

@@ -15,7 +15,6 @@ from command_line import ALL, COMMANDS, parsed, subcommands
 
 from qlora_recipes.base import paths
 from qlora_recipes.base.files import write_rows
-from qlora_recipes.check.rule import RULES
 from qlora_recipes.config import datafiles
 from qlora_recipes.config.compose import Request, compose
 
@@ -152,11 +151,6 @@ def test_a_page_begins_with_a_command(page):
         assert [line for line in prose(page).splitlines() if len(line) > 120 and not line.startswith("|")] == []
         assert lines[0].startswith("# ")
         assert lines[2] == "```"
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/check.md"])
-def test_the_number_of_rules_is_the_present_one(page):
-    assert {*re.findall(r"(\d+) rules", (ROOT / page).read_text())} == {str(len(RULES))}
 
 
 def test_the_demo_does_what_it_says():

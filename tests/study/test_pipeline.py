@@ -103,7 +103,7 @@ def test_data_on_the_hub_has_a_digest_and_a_missing_file_has_none():
     assert pipeline_of(with_rows("rows.jsonl")).digest() is None
 
 
-def test_a_config_that_axolotl_refuses_is_not_submitted(place):
+def test_a_config_that_axolotl_refuses_is_not_submitted(place, monkeypatch, validates_here):
     request = Request(NAME, rehearse=True, overrides=typed("early_stopping_patience=2"))
     refused = pipeline_of(request)
     assert refused.check_config(starts=False)

@@ -74,7 +74,7 @@ def test_one_evaluation_in_all_is_dropped(tiny):
 
 
 @pytest.mark.long
-def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(place, monkeypatch, prepared):
+def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(validates_here, place, monkeypatch, prepared):
     monkeypatch.setenv("HF_TOKEN", "for the test")
     monkeypatch.setattr(hub, "is_offline", lambda: False)
     (place / "data").symlink_to(prepared)
