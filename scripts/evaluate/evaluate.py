@@ -25,6 +25,7 @@ from ..run.rundir import RunDir
 from ..training.run_record import FileState, Run, Summary
 from . import benchmarks, evaluation_rows
 from .changes import changed
+from .engines import ENGINES
 from .evaluation_rows import NO_ROWS, NO_SOURCE, EvaluationRows, RowSource, sample_positions
 from .predict import part_file, predict
 from .score import (
@@ -51,7 +52,7 @@ from .scores_file import (
     read_scores,
     write,
 )
-from .settings import BASE, REFERENCE, SERVER, VLLM, EvaluationSettings, ServedFile
+from .settings import BASE, REFERENCE, SERVER, EvaluationSettings, ServedFile
 
 REHEARSED = 12  # maximum number of rows that a rehearsal evaluates
 # Config keys without a field in `EvaluationSettings` that affect the model or the tokens that end answers.
@@ -89,7 +90,9 @@ class EvaluationRequest:
     @property
     def server(self) -> str | None:
         """URL of the user's server; None for transformers and vllm."""
-        return None if self.engine in (REFERENCE, VLLM) else self.engine
+        if self.engine in ENGINES and self.engine != SERVER:
+            return None
+        return self.engine
 
     @property
     def kind_of_engine(self) -> str:

@@ -6,7 +6,7 @@ equal probability, and the answers differ from there on. With a wrong adapter or
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +19,13 @@ from ..base.terminal import Bar, say
 from ..base.yamlfiles import Config
 from ..config import gpus
 from ..data.studies import Decoding
+from .engines import ENGINES
 from .evaluation_rows import EvaluationRows
 from .scores_file import Prediction
-from .settings import REFERENCE, SERVER, VLLM, Agreement, Completion, Engine, EvaluationSettings, sampled
+from .settings import REFERENCE, Agreement, Completion, Engine, EvaluationSettings, sampled
 
 if TYPE_CHECKING:
-    from .prompter import Prompter  # imports torch and Axolotl, which `require` does not need
+    from .prompter import Prompter  # imports torch and Axolotl
 
 OF_ENGINE = {"batch_tokens", "agreement", "distance"}  # settings that are known only after an engine has started
 
@@ -34,62 +35,6 @@ def as_row(position: int, row: Row, reference: str) -> Row:
     # user data can have other types in these fields; type() also rejects bool, which isinstance accepts as int
     fields = {key: row[key] for key in ("idx", "lang", "group") if type(row.get(key)) in (int, str)}
     return {"row": position} | fields | {"reference": reference}
-
-
-def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> None:
-    """Raise UserError for an unavailable engine, before any slow step.
-
-    Args:
-        settings: engine and model.
-        server: server URL, for engine `SERVER`.
-        on_gpu: True if the evaluation runs on a GPU.
-
-    Raises:
-        UserError: the engine is not installed, is unreachable, lacks the model, or cannot serve the adapter.
-    """
-    if settings.engine == VLLM:
-        from . import vllm
-
-        vllm.require(settings, on_gpu)
-    if settings.engine == SERVER:
-        from .server import api_at
-
-        api_at(str(server)).require_model(settings.model)
-
-
-def start_engine(
-    prompter: "Prompter", prompts: Sequence[list[int]], server: str | None, part: Path
-) -> AbstractContextManager[Engine]:
-    """Start the engine named in the prompter's settings, for a `with` block.
-
-    Args:
-        prompter: prompter of the run.
-        prompts: all prompts.
-        server: server URL, for engine `SERVER`.
-        part: file of the predictions; vLLM's log is written beside it.
-
-    Raises:
-        UserError: the engine cannot serve the base model, or the URL is invalid.
-        WorkFailed: the engine does not start.
-    """
-    settings = prompter.settings
-    if settings.engine == VLLM:
-        from . import vllm
-
-        return vllm.running_server(prompter, prompts, part)
-    if settings.engine == SERVER:
-        from .server import AT_ONCE, Server, api_at
-
-        api, at_once = api_at(str(server)), settings.batch_size or AT_ONCE
-        if settings.file:
-            from .llama import LlamaServer
-
-            return nullcontext(LlamaServer(prompter, api, settings.file, at_once))
-        return nullcontext(Server(prompter, api, str(settings.model), at_once))
-    with Bar("loading the model"):
-        from .transformers_engine import TransformersEngine
-
-        return nullcontext(TransformersEngine(prompter))
 
 
 def predict(
@@ -120,11 +65,12 @@ def predict(
         Predictions, and the settings, including those that only the running engine knows (`OF_ENGINE`).
 
     Raises:
-        UserError: see `read_part`, `Prompter.examples` and `start_engine`.
+        UserError: see `read_part`, `Prompter.examples`, `Starter.require` and `Starter.start`.
         WorkFailed: the engine cannot continue.
     """
     on_gpu = not rehearsal and bool(gpus.here())
-    require(settings, server, on_gpu)
+    starter = ENGINES[settings.engine](server)
+    starter.require(settings, on_gpu)
     done, settings = read_part(part, settings, [row.position for row in test.rows])
     if len(done) < len(test.rows):
         with Bar("tokenizing the prompts"):
@@ -133,9 +79,9 @@ def predict(
             prompter = Prompter(settings, cfg, tokenizer)
             examples = prompter.examples(test.rows)
         prompts = [example.prompt for example in examples]
-        compares = _is_compared(settings, on_gpu or rehearsal)
+        compares = starter.is_compared(settings, on_gpu or rehearsal)
         expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
-        with start_engine(prompter, prompts, server, part) as engine:
+        with starter.start(prompter, prompts, part) as engine:
             settings = settings.model_copy()
             settings.batch_tokens = engine.settings.batch_tokens
             settings.distance = engine.check(examples, on_gpu or rehearsal)
@@ -147,15 +93,6 @@ def predict(
                 rows.append(as_row(row.position, row.content, example.reference))
             _generate(engine, prompts, rows, done, part)
     return [done[place] for place in range(len(test.rows))], settings
-
-
-def _is_compared(settings: EvaluationSettings, reference_runs_here: bool) -> bool:
-    """True if the engine's answers are compared with those of the reference engine."""
-    if settings.file:  # compared by its log-probabilities
-        return False
-    if settings.engine == SERVER:  # its model can change between calls, so its answers are compared again
-        return reference_runs_here
-    return settings.engine == VLLM and settings.agreement is None
 
 
 def settings_line(settings: EvaluationSettings) -> bytes:

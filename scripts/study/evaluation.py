@@ -21,8 +21,8 @@ from ..config.compose import MIRROR, Composed, Request
 from ..config.merging import Override, recipe_content
 from ..data.published import FORK_WEIGHTS, AdapterFormat
 from ..evaluate import evaluation_rows
+from ..evaluate.engines import ENGINES
 from ..evaluate.evaluate import EvaluationRequest, evaluate_run, prepare, resolve
-from ..evaluate.predict import require
 from ..evaluate.scores_file import ADAPTER, Evaluation
 from ..evaluate.settings import BASE, SERVER
 from ..run import backends, run
@@ -98,7 +98,7 @@ def _check_before_queueing(run_dir: RunDir, record: Run, request: EvaluationRequ
     if not waits:
         plan, _ = prepare(resolve(run_dir, request))
         if plan.settings.engine != SERVER:  # perhaps only the cluster's nodes can reach the server
-            require(plan.settings, None, on_gpu=not record.rehearsal)
+            ENGINES[plan.settings.engine]().require(plan.settings, on_gpu=not record.rehearsal)
     elif request.data:
         source = evaluation_rows.source_of_file(request.data, run_dir.config, Path(record.cwd))
         evaluation_rows.read_source(source, run_dir, record, run_dir.config)

@@ -11,6 +11,7 @@ from run_folders import other_evaluation, planned
 
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.evaluate import predict, settings
+from qlora_recipes.evaluate.engines import ServerStarter, VllmStarter
 from qlora_recipes.evaluate.evaluate import EvaluationRequest, evaluate_run
 from qlora_recipes.evaluate.scores_file import read_predictions
 from qlora_recipes.evaluate.settings import Agreement, Completion, Engine, EvaluationSettings
@@ -50,7 +51,8 @@ class Changed(Engine):
 @pytest.fixture(autouse=True)
 def three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "COMPARED", 3)
-    monkeypatch.setattr(predict, "require", lambda *_: None)
+    for starter in (VllmStarter, ServerStarter):
+        monkeypatch.setattr(starter, "require", lambda *_: None)
     monkeypatch.setattr("qlora_recipes.config.gpus.here", lambda: ["a GPU"])  # where a server is compared
 
 
@@ -75,6 +77,12 @@ def request_of(**more: Any) -> EvaluationRequest:
     return EvaluationRequest(**default | more)
 
 
+def start_as(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    """Have this engine start in place of vLLM and of servers."""
+    for starter in (VllmStarter, ServerStarter):
+        monkeypatch.setattr(starter, "start", lambda *_: nullcontext(engine))
+
+
 def compared(parts: SimpleNamespace, engine: Changed) -> Any:
     return predict.compare_answers(parts.expected, engine, parts.prompts)
 
@@ -86,7 +94,7 @@ def test_rows_at_even_distances_are_compared_and_equal_answers_agree(parts):
 
 def test_another_model_is_recorded_and_does_not_stand_for_the_references(run, parts, monkeypatch, capfd):
     other = Changed(parts.reference, lambda _: Completion("another", [7]))
-    monkeypatch.setattr(predict, "start_engine", lambda *_: nullcontext(other))
+    start_as(monkeypatch, other)
     done = evaluate_run(run, request_of(engine="http://x", model="m"))
     agreement = Agreement(rows=3, equal=0)
     assert done.settings.agreement == agreement
@@ -99,7 +107,7 @@ def test_another_model_is_recorded_and_does_not_stand_for_the_references(run, pa
 def test_answers_at_the_limit_without_an_end_are_truncated(run, parts, monkeypatch):
     answers = cycle([[7] * 6, [7] * 5 + [min(parts.prompter.ends)], [7]])
     other = Changed(parts.reference, lambda _: Completion("another", next(answers)))
-    monkeypatch.setattr(predict, "start_engine", lambda *_: nullcontext(other))
+    start_as(monkeypatch, other)
     done = evaluate_run(run, request_of(engine="http://x", model="m"))
     rows = read_predictions(other_evaluation(run))
     assert [row.get("truncated", False) for row in rows] == [True, False, False] * 2
@@ -127,7 +135,7 @@ def test_an_evaluation_that_was_left_goes_on_and_a_server_is_compared_again(
 ):
     request = request_of(engine=engine, model=model)
     changed = Changed(parts.reference, rows=3 + 2)
-    monkeypatch.setattr(predict, "start_engine", lambda *_: nullcontext(changed))
+    start_as(monkeypatch, changed)
     with pytest.raises(WorkFailed, match="2 of 6 "):
         evaluate_run(run, request)
     folder = other_evaluation(run)
