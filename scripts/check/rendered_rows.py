@@ -163,12 +163,16 @@ class RenderedRows:
             self.faults.note("other-prompt", "", *place, _difference(training, generation))
 
     def _generation_prompt(self, chats: Any, row: Row) -> str | None:
-        """Text of the prompt for a row's last answer; None if the last message is not trained on."""
+        """Text of the prompt for a row's last answer; None if the template takes none, or the last turn has no loss."""
         turns = chats.get_conversation_thread(deepcopy(row))
         if turns[-1]["role"] not in chats.roles_to_train or len(turns) == 1:
             return None
         tools = chats._get_tools(deepcopy(row))
-        return self._decoded(chats.prompter.build_prompt(turns[:-1], add_generation_prompt=True, tools=tools))
+        try:
+            ids = chats.prompter.build_prompt(turns[:-1], add_generation_prompt=True, tools=tools)
+        except Exception:  # templates can raise any exception, as for a chat that ends with a system message
+            return None
+        return self._decoded(ids)
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.tokenizer.decode(ids, skip_special_tokens=False))
@@ -235,15 +239,25 @@ class RenderedRows:
         except UserError:
             return None
 
+    def _with_template_argument(self, argument: Config) -> tuple[Config, Tokenizer | None]:
+        """Setting that adds an argument of the chat template, and its tokenizer; None if Axolotl refuses it."""
+        arguments = (self.tokenizer.content.get("chat_template_kwargs") or {}) | argument
+        setting = {"chat_template_kwargs": arguments}
+        try:
+            return setting, Tokenizer(self.tokenizer.content | setting)
+        except UserError:
+            return setting, None
+
     def _prompt_remedy(self) -> str:
         """Setting that makes training and generation prompt equal, tried on the first row."""
         row, _ = self.first[0]
-        tokenizer = Tokenizer(self.tokenizer.content | {"chat_template_kwargs": _EMPTY_REASONING})
-        other = RenderedRows(tokenizer, self.dataset)
-        other.add([(("", 0), row)], tokenizer.tokenize(self.dataset, [row]))
-        if any(rule == "other-prompt" for rule, _ in other.faults):
-            return "generate with the training prompt"
-        return f"set {write_flow({'chat_template_kwargs': _EMPTY_REASONING})[1:-1]}, and generate with it"
+        setting, tokenizer = self._with_template_argument(_EMPTY_REASONING)
+        if tokenizer:
+            other = RenderedRows(tokenizer, self.dataset)
+            other.add([(("", 0), row)], tokenizer.tokenize(self.dataset, [row]))
+            if not any(rule == "other-prompt" for rule, _ in other.faults):
+                return f"set {write_flow(setting)[1:-1]}, and generate with it"
+        return "generate with the training prompt"
 
     def _date_findings(self) -> Iterator[Finding]:
         """Finding about a template that writes the date."""
@@ -252,9 +266,9 @@ class RenderedRows:
             return
         problem = "the chat template writes today's date: prompts differ from day to day, in training and in use"
         remedy = "use a template without a date"
-        fixed = Tokenizer(self.tokenizer.content | {"chat_template_kwargs": _FIXED_DATE})
-        if not _changes_by_day(fixed, self.dataset, rows):
-            remedy = f"set {write_flow({'chat_template_kwargs': _FIXED_DATE})[1:-1]}"
+        setting, fixed = self._with_template_argument(_FIXED_DATE)
+        if fixed and not _changes_by_day(fixed, self.dataset, rows):
+            remedy = f"set {write_flow(setting)[1:-1]}"
         yield Finding("error", DATED, "chat_template", problem, remedy)
 
 

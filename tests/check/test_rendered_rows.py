@@ -186,6 +186,14 @@ def test_a_mistake_of_any_template_is_found(place, case):
     assert name in [finding.name for finding in findings_of(model, CHATS, {}, {})]
 
 
+def test_a_template_that_takes_no_prompt_without_a_question(place):
+    """Such a chat is trained on, but no prompt can be compared."""
+    refusal = "{% if add_generation_prompt and messages[-1].role != 'user' %}{{ raise_exception('ask') }}{% endif %}"
+    model = chat_models.save(Path("model"), "llama3", f"{BEGIN}{TURN}{END}{refusal}")
+    greeting = {"messages": [{"role": "system", "content": "Greet."}, {"role": "assistant", "content": "Hello."}]}
+    assert findings_of(model, [greeting, *CHATS], {}, {}) == []
+
+
 def test_rows_are_drawn_over_the_file(place, models):
     rows = [chat("Is it?", "Yes.") for _ in range(400)]
     rows[350] = chat("Is it?", "WRONG", weight=0)
