@@ -9,6 +9,8 @@ from copy import deepcopy
 from functools import cached_property
 from typing import Any
 
+import numpy
+
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.yamlfiles import Config, write_flow
@@ -90,15 +92,16 @@ class RenderedRows:
 
     def add(self, rows: Sequence[tuple[Place, Row]], tokenized: Sequence[Tokens]) -> None:
         """Compare more rows, each with its tokens."""
-        texts = self.tokenizer.tokenizer.batch_decode([tokens.ids for tokens in tokenized], skip_special_tokens=False)
-        for (place, row), tokens, text in zip(rows, tokenized, texts, strict=True):
-            self._compare_text(place, row, text)
+        for (place, row), tokens in zip(rows, tokenized, strict=True):
+            start, end = tokens.last_part()
+            self._compare_text(place, row, self._decoded(tokens.ids))
             self._compare_bos(place, tokens)
-            if tokens.learnt:
-                self._compare_end(place, tokens)
+            if end:
+                self._compare_end(place, tokens, start, end)
             if isinstance(self.kind, Chat):
                 self._compare_keys(place, row, self.kind)
-                self._compare_prompt(place, row, tokens)
+                if end and not self.entry["message_field_training_detail"]:
+                    self._compare_prompt(place, row, tokens.ids[:start])
         self.first += [(row, tokens) for (_, row), tokens in zip(rows, tokenized, strict=True)][:_DATED]
         if datafiles.jsonl_files(self.dataset.entry):
             for (place, _), paths in zip(rows, changed_by_loading([row for _, row in rows], self.kind), strict=True):
@@ -115,9 +118,10 @@ class RenderedRows:
 
     def _compare_text(self, place: Place, row: Row, decoded: str) -> None:
         """Find text of the row's fields that the training text lacks."""
-        rendered = squeezed(decoded)
         for path, text in self.kind.texts_of(row):
-            pieces = [] if _is_in(text, rendered) else _left_out(text, rendered)
+            if text in decoded:
+                continue
+            pieces = _left_out(text, squeezed(decoded))
             if pieces:
                 self.left_out[path] += sum(map(len, pieces))
                 self.faults.note("text-left-out", path, *place, pieces[0][:_MOST_EXAMPLE])
@@ -127,10 +131,9 @@ class RenderedRows:
         if bos is not None and tokens.ids[:2] == [bos, bos]:
             self.faults.note("doubled-bos", self.tokenizer.tokenizer.bos_token, *place)
 
-    def _compare_end(self, place: Place, tokens: Tokens) -> None:
+    def _compare_end(self, place: Place, tokens: Tokens, start: int, end: int) -> None:
         """Find rows whose last part with loss does not end, or loses its end by truncation."""
         self.rows += 1
-        start, end = tokens.last_part()
         learnt = self.ends.intersection(tokens.ids[start:end])
         if not learnt:
             self.faults.note("end-masked", "", *place)
@@ -151,31 +154,37 @@ class RenderedRows:
         for key in sorted(masks):
             self.faults.note("ignored-mask", key, *place)
 
-    def _compare_prompt(self, place: Place, row: Row, tokens: Tokens) -> None:
+    def _compare_prompt(self, place: Place, row: Row, prompt: Sequence[int]) -> None:
         """Compare what precedes the last answer in training with the prompt for a generation of this answer."""
-        if not tokens.learnt or self.entry["message_field_training_detail"]:
-            return
         generation = self._generation_prompt(self.chats, row)
         if generation is None:
             return
-        training = self._decoded(tokens.ids[: tokens.last_part()[0]])
+        training = self._decoded(prompt)
         if not squeezed(generation).startswith(squeezed(training)):  # shorter, if the answer shares a token with it
             self.faults.note("other-prompt", "", *place, _difference(training, generation))
 
     def _generation_prompt(self, chats: Any, row: Row) -> str | None:
         """Text of the prompt for a row's last answer; None if the template takes none, or the last turn has no loss."""
-        turns = chats.get_conversation_thread(deepcopy(row))
+        row = deepcopy(row)  # Axolotl changes it
+        turns = chats.get_conversation_thread(row)
         if turns[-1]["role"] not in chats.roles_to_train or len(turns) == 1:
             return None
-        tools = chats._get_tools(deepcopy(row))
+        options = {"tools": chats._get_tools(row), **chats.prompter.chat_template_kwargs}
         try:
-            ids = chats.prompter.build_prompt(turns[:-1], add_generation_prompt=True, tools=tools)
+            text = self.tokenizer.tokenizer.apply_chat_template(
+                turns[:-1],
+                chat_template=chats.prompter.chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+                **options,
+            )
         except Exception:  # templates can raise any exception, as for a chat that ends with a system message
             return None
-        return self._decoded(ids)
+        return str(text)
 
     def _decoded(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.tokenizer.decode(ids, skip_special_tokens=False))
+        # an array, because transformers looks at each item of a list
+        return str(self.tokenizer.tokenizer.decode(numpy.asarray(ids, dtype=int), skip_special_tokens=False))
 
     def findings(self) -> Iterator[Finding]:
         """Findings about single rows, then about all of them."""
@@ -288,6 +297,8 @@ def _is_in(text: str, rendered: str) -> bool:
 
 def _left_out(text: str, rendered: str) -> list[str]:
     """Parts of a text that a squeezed text lacks."""
+    if _is_in(text, rendered):
+        return []
     return [piece.strip() for piece in _PIECES.split(text) if not _is_in(piece, rendered)]
 
 
