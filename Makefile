@@ -80,6 +80,7 @@ generated: setup  ## Write generated files in order: schemas, recipes, plans, ta
 	.venv/bin/recipe render
 	.venv/bin/python tools/plans.py
 	.venv/bin/recipe render
+	.venv/bin/python tools/old_configs.py
 
 notebook: setup  ## Write docs/free-t4.ipynb from its page, and execute docs/qlora.ipynb in place, in ten minutes
 	.venv/bin/python tools/notebook.py
