@@ -48,6 +48,7 @@ class Registry[T](Mapping[str, T]):
         Raises:
             UserError: no entry has the name.
         """
+        self.built_in()  # so that a KeyError of an import is no unknown name
         try:
             return self[name]
         except KeyError:

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ from ..config.datafiles import DatasetRef
 from ..config.finding import DATED, Faults, Finding
 from ..config.substitution import uses_small_model
 from ..training.row_types import Chat, Segments, row_type
-from ..training.tokens import Tokenizer, Tokens, changed_by_loading, end_ids, on_day, read_keys
+from ..training.tokens import Tokenizer, Tokens, changed_by_loading, end_ids, on_day, read_keys, without_nulls
 from .rows import Place, Wording
 
 _PIECES = re.compile(r"(?<=>)|(?=<)|\n")
@@ -34,6 +35,9 @@ _FIXED_DATE = {"date_string": "26 Jul 2024"}
 _EMPTY_REASONING = {"enable_thinking": False}
 """Argument of Qwen's templates, which then put an empty reasoning into the generation prompt."""
 
+_PARTLY = {"training_detail", "reasoning_training_detail"}
+"""Keys by which Axolotl gives parts of a message loss."""
+_TRAINING_PROMPT = "generate with the training prompt"
 _MASKS = ("weight", "train", "training", "trainable", "loss")
 """Fields by which formats of other programs exclude a message from training."""
 
@@ -64,6 +68,7 @@ class RenderedRows:
         first: the first rows, for what all rows have in common.
         left_out: number of characters that training lacks, by the path of their field.
         unread: fields of messages that neither Axolotl nor the template reads.
+        other_prompt: the first row whose prompt differs from generation's.
     """
 
     def __init__(self, tokenizer: Tokenizer, dataset: DatasetRef):
@@ -79,6 +84,7 @@ class RenderedRows:
         self.first: list[tuple[Row, Tokens]] = []
         self.left_out = Counter[str]()
         self.unread = set[str]()
+        self.other_prompt: Row | None = None
 
     @cached_property
     def chats(self) -> Any:
@@ -101,8 +107,10 @@ class RenderedRows:
             if isinstance(self.kind, Chat):
                 self._compare_keys(place, row, self.kind)
                 if end and not self.entry["message_field_training_detail"]:
-                    self._compare_prompt(place, row, tokens.ids[:start])
-        self.first += [(row, tokens) for (_, row), tokens in zip(rows, tokenized, strict=True)][:_DATED]
+                    self._compare_prompt(place, row, tokens.ids[: self._start_of_answer(tokens, start, end)])
+        for (_, row), tokens in zip(rows[:_DATED], tokenized, strict=False):
+            if len(self.first) < _DATED:
+                self.first.append((row, tokens))
         if datafiles.jsonl_files(self.dataset.entry):
             for (place, _), paths in zip(rows, changed_by_loading([row for _, row in rows], self.kind), strict=True):
                 for path in paths:
@@ -149,10 +157,20 @@ class RenderedRows:
         for message in kind.items_of(row):
             for key in message.keys() - self.read_keys:
                 self.unread.add(key)
-                if key in _MASKS and not message[key]:
+                if key in _MASKS and message[key] in (0, False) and self._has_loss(message):
                     masks.add(key)
         for key in sorted(masks):
             self.faults.note("ignored-mask", key, *place)
+
+    def _has_loss(self, message: Row) -> bool:
+        role = self.chats.transform_message(deepcopy(message)).get("role")
+        return bool(self.tokenizer.cfg.train_on_inputs) or role in self.chats.roles_to_train
+
+    def _start_of_answer(self, tokens: Tokens, start: int, end: int) -> int:
+        """Start of the last answer, whose end can be a part of its own, after text without loss."""
+        while start and self.ends.issuperset(tokens.ids[start:end]):
+            start, end = Tokens(tokens.ids[:start], tokens.labels[:start]).last_part()
+        return start
 
     def _compare_prompt(self, place: Place, row: Row, prompt: Sequence[int]) -> None:
         """Compare what precedes the last answer in training with the prompt for a generation of this answer."""
@@ -162,12 +180,15 @@ class RenderedRows:
         training = self._decoded(prompt)
         if not squeezed(generation).startswith(squeezed(training)):  # shorter, if the answer shares a token with it
             self.faults.note("other-prompt", "", *place, _difference(training, generation))
+            self.other_prompt = self.other_prompt or row
 
     def _generation_prompt(self, chats: Any, row: Row) -> str | None:
         """Text of the prompt for a row's last answer; None if the template takes none, or the last turn has no loss."""
-        row = deepcopy(row)  # Axolotl changes it
+        row = without_nulls(row)
         turns = chats.get_conversation_thread(row)
         if turns[-1]["role"] not in chats.roles_to_train or len(turns) == 1:
+            return None
+        if not _PARTLY.isdisjoint(turns[-1]):
             return None
         options = {"tools": chats._get_tools(row), **chats.prompter.chat_template_kwargs}
         try:
@@ -248,25 +269,23 @@ class RenderedRows:
         except UserError:
             return None
 
-    def _with_template_argument(self, argument: Config) -> tuple[Config, Tokenizer | None]:
-        """Setting that adds an argument of the chat template, and its tokenizer; None if Axolotl refuses it."""
-        arguments = (self.tokenizer.content.get("chat_template_kwargs") or {}) | argument
-        setting = {"chat_template_kwargs": arguments}
-        try:
-            return setting, Tokenizer(self.tokenizer.content | setting)
-        except UserError:
-            return setting, None
+    def _with_template_argument(self, argument: Config) -> Config:
+        """Setting that adds an argument of the chat template."""
+        return {"chat_template_kwargs": (self.tokenizer.content.get("chat_template_kwargs") or {}) | argument}
 
     def _prompt_remedy(self) -> str:
-        """Setting that makes training and generation prompt equal, tried on the first row."""
-        row, _ = self.first[0]
-        setting, tokenizer = self._with_template_argument(_EMPTY_REASONING)
-        if tokenizer:
+        """Setting that makes training and generation prompt equal, tried on a row where they differ."""
+        row = self.other_prompt or {}
+        setting = self._with_template_argument(_EMPTY_REASONING)
+        try:
+            tokenizer = Tokenizer(self.tokenizer.content | setting)
             other = RenderedRows(tokenizer, self.dataset)
             other.add([(("", 0), row)], tokenizer.tokenize(self.dataset, [row]))
-            if not any(rule == "other-prompt" for rule, _ in other.faults):
-                return f"set {write_flow(setting)[1:-1]}, and generate with it"
-        return "generate with the training prompt"
+        except UserError:  # the template refuses the argument
+            return _TRAINING_PROMPT
+        if other.other_prompt:
+            return _TRAINING_PROMPT
+        return f"set {write_flow(setting)[1:-1]}, and generate with it"
 
     def _date_findings(self) -> Iterator[Finding]:
         """Finding about a template that writes the date."""
@@ -275,9 +294,10 @@ class RenderedRows:
             return
         problem = "the chat template writes today's date: prompts differ from day to day, in training and in use"
         remedy = "use a template without a date"
-        setting, fixed = self._with_template_argument(_FIXED_DATE)
-        if fixed and not _changes_by_day(fixed, self.dataset, rows):
-            remedy = f"set {write_flow(setting)[1:-1]}"
+        setting = self._with_template_argument(_FIXED_DATE)
+        with suppress(UserError):  # the template refuses the argument
+            if not _changes_by_day(Tokenizer(self.tokenizer.content | setting), self.dataset, rows):
+                remedy = f"set {write_flow(setting)[1:-1]}"
         yield Finding("error", DATED, "chat_template", problem, remedy)
 
 

@@ -13,7 +13,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..base.errors import WorkFailed
-from ..base.files import embedding_rows, read_json
+from ..base.files import embedding_rows
 from ..base.terminal import say
 from ..base.yamlfiles import Config
 from ..config import models
@@ -59,11 +59,12 @@ def distances(config: Config, adapter: Path, merged: Path) -> tuple[float, float
     All are computed in float32, one model at a time, on four rows of 64 random tokens. A base in 4 bits is rounded as
     in training.
     """
-    architecture = read_json(merged / "config.json")
+    code = bool(config.get("trust_remote_code"))
+    settings = AutoConfig.from_pretrained(merged, trust_remote_code=code).get_text_config()
     base = _load(config["base_model"], config, revision=models.revision(config))
     if config.get("adapter") == "qlora":
         _round_to_4_bits(base, config.get("bnb_config_kwargs") or {})
-    rows = embedding_rows(adapter / ADAPTER) or AutoConfig.for_model(**architecture).get_text_config().vocab_size
+    rows = embedding_rows(adapter / ADAPTER) or settings.vocab_size
     if rows > len(base.get_input_embeddings().weight):
         base.resize_token_embeddings(rows)
     ids = torch.randint(rows, (4, 64), generator=torch.Generator().manual_seed(0))
@@ -71,7 +72,7 @@ def distances(config: Config, adapter: Path, merged: Path) -> tuple[float, float
     expected = trained(ids).logits
     rounded = trained.merge_and_unload()
     for weight in rounded.parameters():
-        weight.copy_(weight.to(getattr(torch, architecture["dtype"])))
+        weight.copy_(weight.to(settings.dtype or torch.float32))
     by_rounding = _distance(rounded(ids).logits, expected)
     del base, trained, rounded
     return _distance(_load(str(merged), config)(ids).logits, expected), by_rounding

@@ -97,7 +97,7 @@ def _adds_all_linear(config: Config) -> bool:
     """True if the targets are all linear layers, perhaps with embedding or head."""
     targets = listed(config, "lora_target_modules")
     is_all = bool(config.get("lora_target_linear")) and not set(targets) - set(TRAINABLE)
-    return is_all or targets == ["all-linear"]
+    return is_all or config.get("lora_target_modules") == "all-linear"
 
 
 def _plain(value: Any) -> Any:
@@ -116,6 +116,8 @@ def _precision(config: Config, model: Any) -> Iterator[Fact]:
         if not isinstance(layer, LoraLayer) or name.endswith(TRAINABLE):
             continue
         base = layer.get_base_layer()
+        if not hasattr(base, "weight"):  # experts, or quantized by another library
+            continue
         for key, quantized in _QUANTIZED.items():
             if config.get(key):
                 yield Fact(key, name, quantized, type(base).__name__)

@@ -39,8 +39,18 @@ def texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
             yield from texts(item, f"{path}[]")
     elif isinstance(value, dict):
         for key, item in value.items():
-            if key not in ("type", "id"):
+            if key == "arguments" and isinstance(item, str):
+                yield from texts(_parsed(item), f"{path}.{key}")
+            elif key not in ("type", "id"):
                 yield from texts(item, f"{path}.{key}")
+
+
+def _parsed(text: str) -> Any:
+    """Meaning of JSON text, which templates get; other text as it is."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return text
 
 
 @lru_cache(1000)

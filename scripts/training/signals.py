@@ -102,7 +102,7 @@ class Signals:
         if not (self.vocabulary and tokens):
             return
         guessing = math.log(self.vocabulary)
-        if loss > losses.highest_first_loss(guessing, tokens):
+        if not loss <= losses.highest_first_loss(guessing, tokens):  # also not a number
             problem = f"the first training loss is {loss:.4g} over {tokens:,} tokens, but guessing gives {guessing:.4g}"
             remedy = "the base model is damaged, or its precision, quantization or tokenizer is wrong: correct it"
             self.findings.add(FIRST_LOSS, "", problem, remedy)
@@ -113,7 +113,7 @@ class Signals:
         It is higher if it exceeds the first quarter's by three standard errors of their difference.
         """
         quarter = len(self.losses) // 4
-        if quarter < 2:
+        if quarter < 2 or not all(map(math.isfinite, self.losses)):  # the run's summary reports other losses
             return
         first, last = self.losses[:quarter], self.losses[-quarter:]
         rise, error = fmean(last) - fmean(first), math.sqrt((variance(first) + variance(last)) / quarter)

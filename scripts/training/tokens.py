@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
 from itertools import batched, chain, islice
@@ -262,6 +263,12 @@ def read_keys(strategy: Any) -> set[str]:
     return {*prompter.message_property_mappings.values(), *prompter.chat_template_msg_variables, *fields}
 
 
+def without_nulls(row: Row) -> Row:
+    """Copy of a chat's row without nulls, as Axolotl reads it."""
+    copied: Row = remove_none_values(deepcopy(row))
+    return copied
+
+
 @contextmanager
 def on_day(seconds: float) -> Iterator[None]:
     """Let chat templates write the date of a time, in seconds since 1970."""
@@ -293,9 +300,8 @@ def changed_by_loading(rows: Sequence[Row], kind: RowType) -> list[list[str]]:
         after = dict(_values(table, ""))
         paths = set()
         for path, value in _values({name: row[name] for name in kind.names if name in row}, ""):
-            is_missing = (
-                value is None and path.count(".") <= 2
-            )  # to a template, null and no field of a message are equal
+            # to a template, a null field of a message is a missing one
+            is_missing = value is None and path.count(".") <= 2
             if not is_missing and repr(after.get(path, ...)) != repr(value):
                 paths.add(_NUMBER.sub("[]", path.lstrip(".")))
         changes.append(sorted(paths))

@@ -29,6 +29,7 @@ CHATS = [chat(f"Is {number} odd?", f"That is for {number} to know.") for number 
 REASONED = [chat("Why?", "<think>\nFirst idea\n</think>\n\nSo.", "And?", "<think>\nOther idea\n</think>\n\nThus.")]
 LONG_ANSWER, LONG_PROMPT = chat("Why?", "words and words " * 60), chat("words and words " * 60, "So.")
 CALL = {"type": "function", "function": {"name": "find", "arguments": {"text": "a", "limit": None}}}
+TEXT_CALL = {"type": "function", "function": {"name": "find", "arguments": '{"text": "x \\u00e9"}'}}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,20 @@ PLANTED: dict[str, tuple[str, list[Row], Row, Row, list[tuple[str, str]]]] = {
         {},
         {},
         [("error", f"ignored-mask:{KEY}"), ("note", f"unread-field:{KEY}")],
+    ),
+    "null-weight": (
+        "llama3",
+        [chat("Is it?", "Yes.", weight=None), chat("Is it?", "No.", weight=1)],
+        {},
+        {},
+        [("note", f"unread-field:{KEY}")],
+    ),
+    "json-arguments": (
+        "qwen3",
+        [{"messages": chat("Find é.", "<think>Yes</think>", tool_calls=[TEXT_CALL])["messages"]}],
+        {},
+        {},
+        [],
     ),
     "lost-reasoning": ("qwen3", REASONED, {}, {}, [("warning", f"text-left-out:{KEY}")]),
     "empty-reasoning": ("qwen3", CHATS, {}, {}, [OTHER_PROMPT]),
@@ -164,6 +179,22 @@ def test_a_remedy_removes_its_finding(place, models, case):
     assert before.remedy == remedy
     after = findings_of(models[family], rows, settings, {})
     assert before.name not in [finding.name for finding in after]
+
+
+def test_a_remedy_is_tried_on_a_row_with_the_fault(place):
+    header = "{{ 'model' if add_generation_prompt and messages | length > 1 else 'assistant' }}"
+    turn = TURN.replace("{{ message.role }}", "{{ message.role if message.role == 'user' else 'assistant' }}")
+    end = END.replace("assistant", header)
+    model = chat_models.save(Path("model"), "llama3", f"{BEGIN}{turn}{end}")
+    finding, *_ = findings_of(model, [*CHATS, chat("Is it?", "Yes.", "And?", "No.")], {}, {})
+    assert (finding.rule, finding.line) == ("other-prompt", 5)
+    assert finding.remedy == "generate with the training prompt"
+
+
+def test_text_between_answer_and_end_is_no_other_prompt(place):
+    turn = TURN.replace("<|eot_id|>", "\n<|eot_id|>")
+    model = chat_models.save(Path("model"), "llama3", f"{BEGIN}{turn}{END}")
+    assert findings_of(model, CHATS, {}, {}) == []
 
 
 BEGIN = "{{ bos_token }}{% for message in messages %}"

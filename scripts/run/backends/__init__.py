@@ -4,6 +4,7 @@ import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -255,7 +256,8 @@ def stop_holders(locks: Iterable[Path]) -> list[str]:
     """Ask the local processes that hold any of these locks to stop; return messages."""
     pids = {pid for lock in locks if (pid := processes.holder(lock))}
     for pid in pids:
-        os.kill(pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGTERM)
     return [f"process {pid} is asked to stop" for pid in pids]
 
 
