@@ -22,7 +22,7 @@ from ..run import backends, launch, trust
 from ..run.rundir import RunDir
 from ..training.run_record import Run
 from . import gguf
-from .card import base_model, card
+from .card import Card, base_model, card
 from .run_result import RunResult
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CARD = "README.md"
 MADE_FROM = "adapter.sha256"  # file beside weights made from an adapter; holds the adapter's hash
 SUMS = "SHA256SUMS"
+_TEMPLATE = "chat_template.jinja"
 _TOKENIZER = ["tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
 _PUSHED = [CARD, ADAPTER, RunFile.ADAPTER_CONFIG, *_TOKENIZER]
 _PUSHED_MERGED = [CARD, "model*.safetensors*", "config.json", "generation_config.json", *_TOKENIZER,
@@ -80,6 +81,7 @@ def publish(
         repository = push if model == models[-1] else None
         with Bar(f"writing {model / CARD}"):
             write_atomically(model / CARD, card(result, model != run_dir.output, repository))
+        _write_template(result, model)
     cards = [str(model / CARD) for model in models]
     if tools:
         return [*cards, *map(str, _export(result, tools))]
@@ -138,6 +140,18 @@ def _merge(result: RunResult) -> Path:
             merge_check.require_equal(config, folder.output, part)
 
     return _write_once(merged, sha256(folder.adapter), [], merge_into)
+
+
+def _write_template(result: RunResult, model: Path) -> None:
+    """Write the chat template of training, because a chat server would use the base model's."""
+    with importing_axolotl(offline=True):
+        from ..training.tokens import trained_template
+
+        template = trained_template(
+            result.config, result.folder.output, Card(result, merged=False, repository=".").constant_fields
+        )
+    if template:
+        write_atomically(model / _TEMPLATE, template)
 
 
 def _write_once(folder: Path, source: str, names: Sequence[str], write: Callable[[Path], object]) -> Path:

@@ -443,8 +443,43 @@ def prompt_text(cfg: Config, tokenizer: Path, texts: dict[str, str]) -> PromptTe
     text = text_of(loaded, tokens.parts()[0])
     if text is None:
         return None
-    fields = [name for name in (_QUESTION, *row) if f"{{{name}}}" in text]
+    fields = [name for name in dict.fromkeys([_QUESTION, *row]) if f"{{{name}}}" in text]
     return PromptText(text, fields, [str(loaded.decode([end])) for end in end_ids(cfg, loaded)])
+
+
+def trained_template(cfg: Config, folder: Path, texts: dict[str, str]) -> str | None:
+    """Chat template that writes the prompts of training; None without a tokenizer or such a template.
+
+    For chats this is the template of training, with its arguments as defaults; for other rows it writes the training
+    prompt around the last message.
+
+    Args:
+        cfg: the run's config.
+        folder: folder of the training tokenizer.
+        texts: texts of some fields, see `prompt_text`.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+    first = next(iter(datafiles.training_sets(cfg)), datafiles.NO_DATASET)
+    if isinstance(row_type(first.entry), Chat):
+        return _with_defaults(str(tokenizer.chat_template or ""), cfg.get("chat_template_kwargs") or {}) or None
+    prompt = prompt_text(cfg, folder, texts)
+    if prompt is None or len(prompt.fields) != 1:
+        return None
+    before, _, after = prompt.text.partition(f"{{{prompt.fields[0]}}}")
+    begin = str(tokenizer.decode(tokenizer("")["input_ids"]))  # which chat servers do not add
+    return f"{{{{ {json.dumps(begin + before)} }}}}{{{{ messages[-1].content }}}}{{{{ {json.dumps(after)} }}}}"
+
+
+def _with_defaults(template: str, arguments: Row) -> str:
+    """Template with default values for some of its arguments."""
+    for name, value in arguments.items():
+        default = f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif %}}"
+        if default not in template:
+            template = default + template
+    return template
 
 
 def _placeholders(dataset: Config) -> Row:
