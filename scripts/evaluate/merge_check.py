@@ -13,13 +13,14 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..base.errors import WorkFailed
-from ..base.files import embedding_rows
+from ..base.files import embedding_rows, read_json
 from ..base.terminal import say
 from ..base.yamlfiles import Config
 from ..config import models
 from .scores_file import ADAPTER
 from .transformers_engine import with_adapter
 
+_REMEDY = "publish the adapter, without --merge and --gguf"
 _TIMES = 2
 _COPIES = 2.5  # memory of a model in float32, in sizes of its weights in 16 bits, with a layer's copies
 _SMALLEST = 1e-4  # logits; for a merge in float32, which rounds nothing
@@ -28,7 +29,8 @@ _SMALLEST = 1e-4  # logits; for a merge in float32, which rounds nothing
 def require_equal(config: Config, adapter: Path, merged: Path) -> None:
     """Raise WorkFailed if the logits of a merged model differ from the trained model's by more than rounding.
 
-    If memory does not suffice for a model in float32, a line of the log says that nothing was compared.
+    If memory does not suffice for a model in float32, nothing is compared; only modules that a merge is known to lose
+    raise an error.
 
     More is twice the distance by rounding. Seen with random models in bf16: 1.0 to 1.13 times that distance for intact
     merges, also of saved modules, DoRA and rsLoRA; 800 and 4,000 times for merges that lose a trained module.
@@ -42,14 +44,15 @@ def require_equal(config: Config, adapter: Path, merged: Path) -> None:
     if needed > free:
         gigabytes = f"{needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} are free"
         say(f"{merged}: not compared with the trained model: this needs {gigabytes}")
+        if lost := models.lost_in_merge(config, read_json(merged / "config.json")):  # the base model's
+            raise WorkFailed(f"{adapter}: Axolotl's merge loses the trained {', '.join(lost)}; {_REMEDY}")
         return
     by_merge, by_rounding = distances(config, adapter, merged)
     if by_merge > max(_TIMES * by_rounding, _SMALLEST):
         problem = (
             f"its logits differ by {by_merge:.2g} from the trained model's, of which rounding is {by_rounding:.2g}"
         )
-        remedy = "publish the adapter, without --merge and --gguf"
-        raise WorkFailed(f"{adapter}: Axolotl's merge of this adapter is wrong: {problem}; {remedy}")
+        raise WorkFailed(f"{adapter}: Axolotl's merge of this adapter is wrong: {problem}; {_REMEDY}")
 
 
 @torch.inference_mode()

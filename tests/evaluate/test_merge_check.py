@@ -1,6 +1,7 @@
 """Real merges by Axolotl, beside the adapter on its base model."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_recipes.base.errors import WorkFailed
+from qlora_recipes.base.files import write_json
 from qlora_recipes.evaluate import merge_check
 
 TIED = {"tie_word_embeddings": True}
@@ -57,3 +59,17 @@ def test_a_merge_that_loses_weights_differs_by_more_than_rounding(tmp_path, tiny
             merge_check.require_equal(config, tmp_path / "adapter", folder)
     else:
         merge_check.require_equal(config, tmp_path / "adapter", folder)
+
+
+def test_without_memory_only_what_a_merge_is_known_to_lose_is_refused(tmp_path, monkeypatch, capsys):
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    monkeypatch.setattr(merge_check.psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
+    config = {"base_model": "base", "adapter": "lora", "lora_target_modules": ["q_proj"]}
+    merge_check.require_equal(config, tmp_path, tmp_path)
+    assert "not compared with the trained model: this needs 0.0 GB of memory" in capsys.readouterr().err
+    with pytest.raises(WorkFailed) as raised:
+        merge_check.require_equal(config | {"lora_target_modules": ["embed_tokens"]}, tmp_path, tmp_path)
+    assert str(raised.value) == (
+        f"{tmp_path}: Axolotl's merge loses the trained embed_tokens; publish the adapter, without --merge and --gguf"
+    )
