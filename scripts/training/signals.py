@@ -102,7 +102,7 @@ class Signals:
         if not (self.vocabulary and tokens):
             return
         guessing = math.log(self.vocabulary)
-        if not loss <= losses.highest_first_loss(guessing, tokens):  # also not a number
+        if loss > losses.highest_first_loss(guessing, tokens):
             problem = f"the first training loss is {loss:.4g} over {tokens:,} tokens, but guessing gives {guessing:.4g}"
             remedy = "the base model is damaged, or its precision, quantization or tokenizer is wrong: correct it"
             self.findings.add(FIRST_LOSS, "", problem, remedy)
