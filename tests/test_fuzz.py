@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -179,7 +180,14 @@ def a_run(place: Path) -> RunDir:
     for where in (folder.path, of_base, Path("runs", small_study.PLAIN, "two")):
         rows = [{"row": i, "idx": i, "lang": "go", "accuracy": i % 2 * 100.0} | texts for i in range(12)]
         write_rows(where / "predictions.jsonl", rows)
-    job = {"id": "1", "step": "run", "user": "me", "script": "x", "submitted": "2026-01-01T00:00:00Z"}
+    job = {
+        "backend": "slurm",
+        "id": "1",
+        "step": "run",
+        "user": "me",
+        "script": "x",
+        "submitted": "2026-01-01T00:00:00Z",
+    }
     (folder.path / "jobs.json").write_text(json.dumps([job]))
     left = RunDir(folder.path.with_name("left"))
     shutil.copytree(folder.path, left.path)
@@ -237,6 +245,7 @@ def planted(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     file = tmp_path.parent / PLANTED
     file.write_text("{{ messages }}")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))  # else below /tmp
+    monkeypatch.setattr(tempfile, "tempdir", str(cache))
     yield
     assert file.read_text() == "{{ messages }}"
 

@@ -49,6 +49,7 @@ def test_a_rehearsal_of_anothers_config_stays_in_its_folder(tmp_path, fake_axolo
     (hooks / "sitecustomize.py").write_text("import os, watch\nwatch.log_to(os.environ['WATCH_LOG'])\n")
     events = tmp_path / "events.log"
     environment = {"PYTHONPATH": f"{hooks}:{SUPPORT}", "WATCH_LOG": str(events), "TMPDIR": str(work / "tmp")}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(work / "inductor")  # else below /tmp
     environment["OMP_NUM_THREADS"] = "1"  # threads that wait for each other take ten times as long on a busy machine
     chance, is_refused = random.Random(number), number % 3 == 2
     parts = chance.sample(HONEST, 3) + chance.sample(REFUSED, int(is_refused))

@@ -18,7 +18,6 @@ from ..base.yamlfiles import Config, write_flow
 from ..config import datafiles, models
 from ..config.datafiles import DatasetRef
 from ..config.finding import DATED, Faults, Finding
-from ..config.substitution import uses_small_model
 from ..training.row_types import Chat, Segments, row_type
 from ..training.tokens import Tokenizer, Tokens, changed_by_loading, end_ids, on_day, read_keys, without_nulls
 from .rows import Place, Wording
@@ -237,9 +236,11 @@ class RenderedRows:
     def _end_findings(self) -> Iterator[Finding]:
         """Findings about the token that ends an answer."""
         key = f"{self.dataset.key}.type"
-        # the author of an input_output row writes the EOS token; the small model's tokenizer may not know it
-        is_unknown = isinstance(self.kind, Segments) and uses_small_model(self.tokenizer.cfg)
-        if not self.ended and not is_unknown:
+        if not self.ended and isinstance(self.kind, Segments):
+            # the author of segments writes what ends an answer, such as the name of the next speaker
+            problem = "no EOS token is trained on: generation needs another end, such as a text at which it stops"
+            yield Finding("note", "eos-masked", key, problem)
+        elif not self.ended:
             problem = "no EOS or end-of-turn token is trained on: the model would not learn to stop"
             yield Finding("error", "eos-masked", key, problem, self._end_remedy())
         stops = models.stop_ids(self.tokenizer.content)
