@@ -36,6 +36,7 @@ _LESS_MEMORY = (
 )
 _NO_SERVER = "http://127.0.0.1:9"  # nothing listens there
 LAST_SECONDS = 15  # time for the other ranks to exit after one has failed
+TMPDIR_BYTES = 107 - len("/pymp-12345678/listener-12345678")  # Linux allows 107 bytes for the name of a socket
 
 
 def _require_cwd(record: Run) -> None:
@@ -49,6 +50,21 @@ def _require_cwd(record: Run) -> None:
         raise UserError(f"{record.cwd}: {problem}")
 
 
+def _require_short_tmpdir(config: Config) -> None:
+    """Check that a worker of the data loader can open its socket in the temporary folder.
+
+    A worker that cannot open it sends no batch and no error, and the training waits for ever.
+
+    Raises:
+        UserError: the folder's path is too long.
+    """
+    folder = tempfile.gettempdir()
+    size = len(os.fsencode(folder))
+    if size > TMPDIR_BYTES and config.get("dataloader_num_workers") != 0:
+        problem = f"a path of {size} bytes, too long for the sockets of data loader workers"
+        raise UserError(f"{folder}: {problem}; set TMPDIR to a folder with at most {TMPDIR_BYTES} bytes")
+
+
 def train(run_dir: RunDir, record: Run, lock: int, checkpoint: Path | None = None, node: Node | None = None) -> None:
     """Run the training process of a locked run, and record how it ended.
 
@@ -60,11 +76,12 @@ def train(run_dir: RunDir, record: Run, lock: int, checkpoint: Path | None = Non
         node: this node, if several train the run.
 
     Raises:
-        UserError: see `_require_cwd`; nothing was recorded.
+        UserError: see `_require_cwd` and `_require_short_tmpdir`; nothing was recorded.
         OSError: no disk space for the record of a launch; nothing was recorded.
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
     _require_cwd(record)
+    _require_short_tmpdir(run_dir.config)
     _record_machine(record)
     _drop_half_prepared(run_dir, record)
     launch = Launch(command=_axolotl_command(run_dir, record, checkpoint, node), started=now())
@@ -181,8 +198,10 @@ def follow(run_dir: RunDir, node: Node) -> None:
     """Run this node's ranks of a run that another node has locked.
 
     Raises:
+        UserError: see `_require_short_tmpdir`.
         WorkFailed: the ranks failed without a request to stop.
     """
+    _require_short_tmpdir(run_dir.config)
     record = run_dir.read()
     log = run_dir.path / RunFile.NODE_LOG.format(node.rank)
     command = _axolotl_command(run_dir, record, run_dir.last_checkpoint(), node)

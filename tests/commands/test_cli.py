@@ -211,6 +211,7 @@ def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe, monkeypat
         settings = dict(flatten(recipe_config(name)))
         assert changed - {"bf16"} == {
             "base_model",
+            "dataloader_num_workers",
             *({"revision_of_model", "lora_model_dir"} & settings.keys()),
             *(key for key in settings if key.startswith("special_tokens.")),
             "datasets.0.path",

@@ -4,6 +4,8 @@ import os
 import random
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -172,6 +174,29 @@ def test_without_its_folder_no_run_is_resumed(recipe, tmp_path, tiny_profile, mo
     problem = "not found, but the run was started in this folder; restore it with its contents"
     assert recipe.fails("resume", folder.path).stderr == f"recipe: {tmp_path / 'cwd'}: {problem}\n"
     assert folder.read().launches == []
+
+
+def test_a_temporary_folder_with_too_long_a_path_is_refused(recipe, tmp_path, tiny_profile, monkeypatch):
+    monkeypatch.setenv(paths.RUNS, str(tmp_path / "runs"))
+    request = Request(PAGED, profiles=[str(tiny_profile)])
+    folder = run.create(compose.compose(request), request)
+    place = f"/{'x' * 75}"
+    monkeypatch.setattr("tempfile.tempdir", place)
+    problem = "a path of 76 bytes, too long for the sockets of data loader workers"
+    remedy = "set TMPDIR to a folder with at most 75 bytes"
+    assert recipe.fails("resume", folder.path).stderr == f"recipe: {place}: {problem}; {remedy}\n"
+    assert folder.read().launches == []
+
+
+@pytest.mark.parametrize(("size", "message"), [(launch.TMPDIR_BYTES, ""), (launch.TMPDIR_BYTES + 1, "too long")])
+def test_a_temporary_folder_of_that_size_has_sockets(size, message):
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        folder = Path(short, "x" * (size - len(short) - 1))
+        folder.mkdir()
+        code = "from multiprocessing.connection import Listener; Listener(family='AF_UNIX')"
+        environment = os.environ | {"TMPDIR": str(folder)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (message in done.stderr) and bool(message) == bool(done.returncode), done.stderr
 
 
 STEPS_OF_A_LAUNCH = 45
