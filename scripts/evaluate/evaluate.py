@@ -23,6 +23,7 @@ from ..metrics.metric import NO_LOSSES, BenchmarkMetric, Column, LossMetric, Sco
 from ..run import trust
 from ..run.rundir import RunDir
 from ..training.run_record import FileState, Run, Summary
+from ..training.trackers import add_scores
 from . import benchmarks, evaluation_rows
 from .changes import changed
 from .engines import ENGINES
@@ -223,6 +224,8 @@ def evaluate_run(run_dir: RunDir, request: EvaluationRequest) -> Evaluation:
         evaluation, predictions = _score(plan, rows, predictions, settings, former)
         # for existing predictions, the file `part` has predictions of more rows
         write(folder, evaluation, predictions, None if former else part)
+    if request.adapter is None and folder == run_dir.path:  # other evaluations have other settings
+        add_scores(plan.summary.tracked, evaluation.scores)
     return evaluation
 
 

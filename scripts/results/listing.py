@@ -18,7 +18,10 @@ from .run_result import RunResult, RunScore
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown without a loss per token
 REHEARSALS = "Rehearsals (small model, few rows; not comparable with any published score)"
 _FILES = "GGUF files, each below the adapter that it was made of; a quantized file is not refused for its KL"
-_BELOW = ("scored", "trouble", "changed", "variant of", "jobs", "predictions", "adapter", "not compared", "recipe file")
+_BELOW = (
+    *("scored", "trouble", "changed", "variant of", "jobs", "predictions", "adapter", "not compared", "recipe file"),
+    "trackers",
+)
 
 
 def show(folders: Sequence[RunDir], json: bool) -> None:
@@ -68,6 +71,7 @@ def record(result: RunResult) -> Row:
         "train_seconds": summary.train_seconds,
         "changed": result.changes,
         "recipe_note": run.recipe_note,
+        "tracked": summary.tracked,
     }
 
 
@@ -172,6 +176,7 @@ def cells(result: RunResult, columns: Mapping[str, Column]) -> Row:
         "recipe file": run.recipe_note,
         "variant of": run.variant_of,
         "changed": ", ".join(result.changes) or None,
+        "trackers": ", ".join(f"{run['tracker']}: {run.get('page', run['place'])}" for run in summary.tracked) or None,
     }
 
 

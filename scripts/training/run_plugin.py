@@ -28,7 +28,7 @@ from ..base.run_files import RunFile
 from ..base.yamlfiles import Config
 from ..config import models
 from ..config.gpus import CPU_RANKS, PARALLELISM_KEYS, parallelism_of
-from . import chat_templates, losses, model_facts, signals
+from . import chat_templates, losses, model_facts, signals, trackers
 from .checkpoints import step_of, write_manifest
 from .run_record import Ended, EvalTokens
 
@@ -166,7 +166,8 @@ class RunCallback(TrainerCallback):
     launch has parallelism, training_rows, trainable_parameters and parameters (including frozen ones). The last record
     has `ended` (see `run_record.Ended`), and kept_step if the trainer has loaded the best checkpoint. The first
     evaluation of a launch adds a record with eval_tokens. Findings of a training about itself are in a record with all
-    of them so far; those of `STOP_AT` stop the training.
+    of them so far; those of `STOP_AT` stop the training. The first record of a launch with losses has `tracked`, the
+    trackers' runs.
 
     SIGTERM to any rank ends training after the current step, with a checkpoint.
 
@@ -192,7 +193,7 @@ class RunCallback(TrainerCallback):
         self.parameters = parameters
         self.judge = judge or signals.Signals(signals.Findings(), None)
         self.reported = 0  # number of findings in the last record with findings
-        self.stop = self.stopped = self.checked_updates = False
+        self.stop = self.stopped = self.checked_updates = self.noted_trackers = False
         self.step_started = self.step_seconds = 0.0
         self.tokens: Any = 0  # without padding, unlike Axolotl's count; a tensor, so that no step waits for the device
         self.labels: Any = 0  # tokens with a label, and batches without one, since the last log entry
@@ -274,6 +275,9 @@ class RunCallback(TrainerCallback):
                 record[key] = logs[key]
         if "loss" in logs:
             record |= self._measure_steps(args)
+        if not self.noted_trackers:  # they start with the first entry
+            record["tracked"] = trackers.tracked_runs(args.report_to)
+            self.noted_trackers = True
         self._append(state, record | usage | {"cpu_percent": self.process.cpu_percent()})
         if "loss" in logs:
             tokens, empty = (int(sum(gather(float(count), args.device))) for count in (self.labels, self.empty))

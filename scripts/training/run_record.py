@@ -17,6 +17,7 @@ from ..config.datafiles import DataFile
 from ..config.merging import Difference, Override, chained
 from ..data.declaration import Count, Sha256
 from ..metrics.metric import EvalLosses
+from .trackers import TrackedRun
 
 VERSION = 1
 """Version of run.json; increase it when a field is renamed, removed or has another meaning."""
@@ -73,6 +74,7 @@ class MetricsRecord(TypedDict, total=False):
     training_rows: int
     trainable_parameters: int
     findings: list[TrainingFinding]
+    tracked: list[TrackedRun]
     ended: Ended
     kept_step: int
 
@@ -211,6 +213,7 @@ class Summary(BaseModel):
         training_rows: number of rows after Axolotl held rows out and dropped long ones; None for streamed rows.
         trainable_parameters: PEFT's count; None without an adapter.
         findings: of the last launch, about the model and the training.
+        tracked: the trackers' runs of the last launch.
     """
 
     step: int = 0
@@ -230,6 +233,7 @@ class Summary(BaseModel):
     training_rows: int | None = None
     trainable_parameters: int | None = None
     findings: list[TrainingFinding] = []
+    tracked: list[TrackedRun] = []
     trouble: str | None = None  # about NaN losses or findings, or a machine that refused to start the run
     ended: Ended | None = None  # None also after a kill
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import RECIPE, typed
@@ -13,6 +14,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.config import compose
 from qlora_recipes.config.compose import Request
 from qlora_recipes.config.merging import Source
+from qlora_recipes.evaluate.scores_file import read_scores
 from qlora_recipes.run.run import launch_config
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.writing import new
@@ -34,7 +36,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path) -> RunDir:
     env = {key: value for key, value in os.environ.items() if not key.startswith(settings)} | {"HOME": str(place)}
     done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return RunDir(place / done.stdout.strip())
+    run_dir = RunDir(place / done.stdout.strip())
+    evaluate = [str(RECIPE), "evaluate", done.stdout.strip(), "--limit", "2", "--max-new-tokens", "4", "--json"]
+    scored = subprocess.run(evaluate, cwd=place, env=env, capture_output=True, text=True)
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout)["bleu4"] == read_scores(run_dir.path).scores["bleu4"].value
+    return run_dir
 
 
 def of_tensorboard(run: RunDir, key: str) -> Curve:
@@ -51,16 +58,17 @@ def printed(command: list[str | Path], **env: str) -> str:
     return done.stdout
 
 
-def of_trackio(run: RunDir, key: str) -> Curve:
-    def read(metric: str) -> Curve:
-        words = ("get", "metric", "--project", "haider2024", "--run", f"code-llama-7b/{run.path.name}", "--json")
-        command = [RECIPE.with_name("trackio"), *words, "--metric", metric]
-        values = json.loads(printed(command, TRACKIO_DIR=str(run.runs(NAME) / "trackio")))["values"]
-        return [(value["step"], value["value"]) for value in values]
+def trackio_metric(run: RunDir, metric: str) -> Curve:
+    words = ("get", "metric", "--project", "haider2024", "--run", f"code-llama-7b/{run.path.name}", "--json")
+    command = [RECIPE.with_name("trackio"), *words, "--metric", metric]
+    values = json.loads(printed(command, TRACKIO_DIR=str(run.runs(NAME) / "trackio")))["values"]
+    return [(value["step"], value["value"]) for value in values]
 
+
+def of_trackio(run: RunDir, key: str) -> Curve:
     # trackio counts what it is given; the trainer's steps are a metric of their own
-    step_of = dict(read("train/global_step"))
-    return [(int(step_of[entry]), value) for entry, value in read(TAGS[key])]
+    step_of = dict(trackio_metric(run, "train/global_step"))
+    return [(int(step_of[entry]), value) for entry, value in trackio_metric(run, TAGS[key])]
 
 
 def of_mlflow(run: RunDir, key: str) -> Curve:
@@ -73,9 +81,17 @@ def of_mlflow(run: RunDir, key: str) -> Curve:
     return sorted((metric.step, metric.value) for metric in client.get_metric_history(tracked.info.run_id, key))
 
 
+def wandb_folders(run: RunDir) -> list[Path]:
+    """Folders of the training and of its scores; without a server, each part of a run has its own."""
+    return sorted((run.path / "wandb").glob("offline-run-*"))
+
+
+def wandb_records(folder: Path) -> list[dict[str, Any]]:
+    return list(map(json.loads, printed([RECIPE.with_name("wandb"), "leet", "inspect", "--json", folder]).splitlines()))
+
+
 def of_wandb(run: RunDir, key: str) -> Curve:
-    command = [RECIPE.with_name("wandb"), "leet", "inspect", "--json", run.path / "wandb"]
-    records = list(map(json.loads, printed(command).splitlines()))
+    records = wandb_records(wandb_folders(run)[0])
     started = next(record["run"] for record in records if record["type"] == "run")
     assert started["project"] == "haider2024"
     assert started["display_name"] == f"code-llama-7b/{run.path.name}"
@@ -98,6 +114,27 @@ def test_trackers_leave_nothing_elsewhere(run):
     place = run.runs(NAME).parent
     assert {file.name for file in place.iterdir()} <= {"runs", ".cache"}  # the home folder too; wandb logs to its cache
     assert {file.name for file in run.runs(NAME).iterdir()} == {"haider2024", "trackio", "mlflow.db", ".mlflow.db.lock"}
+
+
+@pytest.mark.long
+def test_each_tracker_has_the_scores_of_an_evaluation(run):
+    from mlflow import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    expected = read_scores(run.path).scores["bleu4"].value
+    tracked = {entry["tracker"]: entry for entry in run.summary(run.read()).tracked}
+    assert tracked.keys() == set(TRACKERS)
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("test/bleu4")] == [pytest.approx(expected, rel=1e-6)]
+    assert [value for _, value in trackio_metric(run, "test/bleu4")] == [expected]
+    mlflow = MlflowClient(f"sqlite:///{run.runs(NAME)}/mlflow.db")
+    assert mlflow.get_run(tracked["mlflow"]["run"]).data.metrics["test/bleu4"] == expected
+    training, scored = wandb_folders(run)
+    assert training.name.endswith(tracked["wandb"]["run"]) and scored.name.endswith(tracked["wandb"]["run"])
+    records = wandb_records(scored)
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert [row["test/bleu4"] for row in rows] == [expected]
 
 
 def launched(*profiles: str, name: str = NAME, overrides: Sequence[str] = (), **more: bool) -> yamlfiles.Config:
