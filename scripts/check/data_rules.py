@@ -106,7 +106,7 @@ def packing_leaks(case: Case) -> Problems:
         return
     if case.attention not in KEEP_DOCUMENTS_APART:
         problem = f"with {case.attention or 'no attn_implementation'}, packed rows attend to each other"
-        yield "error", "sample_packing", problem, f"set {case.advised_attention}"
+        yield "warning", "sample_packing", problem, f"set {case.advised_attention}"
     if case.gpu is None or not AMPERE <= case.gpu.capability < (9, 0):  # bf16 is an error on older GPUs
         return
     is_masked = case.attention == "sdpa" and not takes_varlen(case.config, case.architecture)

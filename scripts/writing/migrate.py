@@ -24,6 +24,7 @@ from ..base.yamlfiles import Config
 from ..config import datafiles, keys, merging
 from ..config.datafiles import DatasetRef
 from ..config.merging import Override, Source
+from ..config.numerics import attention
 from ..config.origin import header_of
 
 TABLES = paths.TEMPLATES / "old-axolotl.yaml"
@@ -166,6 +167,27 @@ class Migration:
         packed = self._number("max_packed_sequence_len")
         if 0 < packed < self._number("sequence_len"):
             self.set("sequence_len", packed, "max_packed_sequence_len limited it")
+
+    def separate_packs(self) -> None:
+        """Keep packed rows apart, and a micro batch in one pack, as releases before 0.5.0 did.
+
+        v0.3.0: src/axolotl/utils/models.py:149-156; v0.4.0: same file, lines 363-367, and core/trainer_builder.py:207;
+        v0.5.0: core/trainer_builder.py:1562, and transformers 4.46, in which a patch of masks has no effect.
+        """
+        is_stated = self.release >= Version("0.5.0") and not self.sign  # a guess is the latest possible release
+        if is_stated or not self._has("sample_packing", "max_packed_sequence_len"):
+            return
+        if not attention(self.config) and self._is_llama():
+            reason = "before 0.5.0, packed rows of Llama models were masked; 0.21 needs an attention that does this"
+            self.set("attn_implementation", "sdpa", reason)
+        if self._has("sample_packing") and attention(self.config) in ("sdpa", "eager"):
+            reason = "before 0.5.0, a micro batch was one pack of micro_batch_size x sequence_len tokens"
+            self.set("multipack_real_batches", False, reason)
+
+    def _is_llama(self) -> bool:
+        """True for a model that older releases took for a Llama (v0.4.0: src/axolotl/utils/config.py:112-117)."""
+        names = [str(self.config.get(key)).lower() for key in ("base_model", "model_type", "type_of_model")]
+        return self._has("is_llama_derived_model") or "llama" in " ".join(names)
 
     def accumulate(self) -> None:
         """Turn batch_size into gradient_accumulation_steps, which since v0.5.0 has a default that wins."""
@@ -419,6 +441,7 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
     config = merging.apply(config, [*map(Override, empty), *overrides])
     migration = Migration(old, *_release(old), config, empty)
     migration.pack()
+    migration.separate_packs()
     migration.accumulate()
     migration.use_profile()
     migration.update_fsdp()

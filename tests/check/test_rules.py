@@ -139,7 +139,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"peft_init_lora_weights": "pissa_niter_16"}, "error changed-base:peft_init_lora_weights"),
     (FUSED_LOSS, "error head-without-lora:liger_fused_linear_cross_entropy"),
     ({"fp16": None, "float16": True, "bf16": "auto"}, "error two-precisions:float16"),
-    ({"sample_packing": True, "attn_implementation": None}, "error packing-leaks:sample_packing"),
+    ({"sample_packing": True, "attn_implementation": None}, "warning packing-leaks:sample_packing"),
     (
         {"lora_modules_to_save": ["lm_head"], "fsdp_config": {"offload_params": False}, "optimizer": "adamw_torch"},
         "error fsdp-saves:lora_modules_to_save",

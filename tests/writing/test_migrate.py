@@ -207,6 +207,37 @@ def test_defaults_of_optimizer_and_precision_are_stated():
     assert changed("lora_r: 8", "0.4.0") == {"optimizer": "adamw_torch", "tf32": False, "bf16": False}
 
 
+PACKED = "sequence_len: 8\nsample_packing: true\n"
+SDPA = {"attn_implementation": "sdpa", "multipack_real_batches": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "release", "expected"),
+    [
+        pytest.param(f"{PACKED}base_model: org/TinyLlama", "0.4.1", SDPA, id="llama"),
+        pytest.param(f"{PACKED}base_model: org/x\nis_llama_derived_model: true", "", SDPA, id="guessed-release"),
+        pytest.param(f"{PACKED}base_model: org/x\nmodel_type: MistralForCausalLM", "0.4.1", {}, id="not-masked"),
+        pytest.param(f"{PACKED}base_model: org/TinyLlama", "0.5.0", {}, id="no-longer-masked"),
+        pytest.param(
+            f"{PACKED}base_model: org/TinyLlama\nflash_attention: true",
+            "0.4.1",
+            {"attn_implementation": "flash_attention_2"},
+            id="flash-attention",
+        ),
+        pytest.param(f"{PACKED}base_model: org/x\nsdp_attention: true", "0.4.1", SDPA, id="stated-sdpa"),
+        pytest.param(
+            "base_model: org/llama\nmax_packed_sequence_len: 8",
+            "0.3.0",
+            {"attn_implementation": "sdpa"},
+            id="packed-before-batches",
+        ),
+    ],
+)
+def test_packed_rows_stay_apart_as_in_the_configs_release(text, release, expected):
+    config = migrate.migrate(OldConfig(Path("old.yml"), text, release=release)).config
+    assert {key: config[key] for key in SDPA if key in config} == expected
+
+
 @pytest.mark.parametrize(
     ("text", "sign", "release"),
     [
