@@ -369,13 +369,18 @@ def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]
 
 
 def _place(finding: Finding, composed: Composed) -> None:
-    """Set the source of a finding's key: file and line, or an option."""
+    """Set the source of a finding's key: file and line, or an option.
+
+    A key of --set that nothing reads is an error: the user would train something else.
+    """
     file: Path | None = composed.recipe_file
     for difference in composed.differences:
         key, changed = f"{finding.key}.", f"{difference.key}."
         if key.startswith(changed) or changed.startswith(key):  # the same key, or one inside the other
             file = compose.profile_file(difference.source)
             finding.where = difference.without_secrets().source.text
+            if finding.rule == "unknown-key" and difference.source.kind == "override":
+                finding.level = "error"
     if file:
         finding.where = paths.shown(file)
         finding.line = yamlfiles.line_of(file, finding.key.split("."))

@@ -17,7 +17,6 @@ from ..config import keys, models
 from ..config.finding import Finding
 from ..config.merging import flatten, top_key
 from ..config.models import ModelFiles
-from . import schema
 from .rule import Case, Problems, rule, rule_findings
 
 READ_IT = "read the code; to run it, pass the name in brackets to --force"
@@ -35,7 +34,7 @@ def foreign_code(case: Case) -> Problems:
     if isinstance(adapter := written.get("lora_model_dir"), str):
         written["adapter_config"] = ModelFiles.find(adapter, None, case.ask_hub).json(RunFile.ADAPTER_CONFIG)
     for key, value in leaves(written):
-        if not _is_harmless(key, value):
+        if not _is_harmless(case, key, value):
             shown = without_secrets(value, key)
             yield "error", key, f"may run foreign code: {shown} is not on the list of what is harmless", READ_IT
 
@@ -101,14 +100,18 @@ def leaves(content: Any) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _is_harmless(key: str, value: Any) -> bool:
+def _is_harmless(case: Case, key: str, value: Any) -> bool:
     """True if a config's value cannot name or allow code."""
     if value in (None, {}) and not key.startswith("plugins."):  # Axolotl also takes plugins from a mapping's keys
         return True
     line = keys.find(key)
-    # Axolotl ignores keys outside its schema
-    is_ignored = line is keys.WITHOUT_LINE and top_key(key) not in (*schema.load()["properties"], "adapter_config")
-    return is_ignored or line.is_harmless(value)
+    if line is not keys.WITHOUT_LINE or top_key(key) in _PASSED_ON:
+        return line.is_harmless(value)
+    return f"{key}.".startswith(tuple(case.unread))  # Axolotl's classes drop keys that they do not have
+
+
+_PASSED_ON = ("adapter_config", "bnb_config_kwargs")
+"""Mappings that are passed on with keys that the schema does not list."""
 
 
 @rule(scope="code")

@@ -19,6 +19,7 @@ from ..config.finding import Finding, Level, Scope
 from ..config.gpus import Gpu
 from ..config.merging import Difference, listed
 from ..config.numerics import AMPERE, OLD_ATTENTION_KEYS, attention
+from . import schema
 
 
 @dataclass
@@ -64,6 +65,11 @@ class Case:
         if self.wrong:
             return None
         return datafiles.training_steps(self.config | {"sample_packing": False}, self.gpus)
+
+    @cached_property
+    def unread(self) -> list[str]:
+        """Dotted keys that Axolotl's schema does not list, each with a dot at the end."""
+        return [f"{finding.key}." for finding in schema.findings(self.written) if finding.rule in schema.UNLISTED]
 
     @property
     def attention(self) -> str:

@@ -6,6 +6,7 @@ tools/schemas.py writes the schema.
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import cache, partial
 from itertools import groupby
 from typing import Any
@@ -15,10 +16,13 @@ from ..base.errors import UserError, did_you_mean
 from ..base.paths import RECIPES
 from ..base.secrets import is_secret
 from ..base.yamlfiles import Config
-from ..config.finding import MOST_FINDINGS, Finding
+from ..config import keys
+from ..config.finding import MOST_FINDINGS, Finding, Level
 from ..config.merging import listed, override
 
 FILE = RECIPES / "axolotl.schema.json"
+UNLISTED = ("unknown-key", "foreign-key")
+"""Rules about keys that the schema does not list."""
 _finding = partial(Finding, rule_scope="step")  # a plan needs values that follow the schema
 
 
@@ -106,7 +110,7 @@ def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
         for key in _unknown(error)[:MOST_FINDINGS]:
             yield _unknown_key(error, start, key, foreign)
     elif "errorMessage" in error.schema:
-        yield Finding("error", "plugin-key", path, error.schema["errorMessage"], "add it, or delete the key")
+        yield Finding("warning", "plugin-key", path, error.schema["errorMessage"], "add it, or delete the key")
     elif error.validator == "required":
         for key in error.validator_value:
             if key not in error.instance:
@@ -120,36 +124,21 @@ def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
 
 def _unknown_key(error: Any, start: str, key: str, foreign: list[str]) -> Finding:
     """Finding for a key that the schema does not list; `start` is the beginning of its dotted key."""
-    near = did_you_mean(key, error.schema.get("properties", {}))
-    if key in _FOREIGN:
-        near = f"; it is {_FOREIGN[key]} here"
-    problem = f"unknown to Axolotl{near or ', which would ignore it'}"
+    names = error.schema.get("properties", {})
+    unread = keys.unread(key)
     if error.instance[key] is None:
-        return _finding("warning", "unknown-key", f"{start}{key}", problem, "delete the empty key")
-    if foreign and not start:  # perhaps a key of that plugin
-        return _finding("warning", "unknown-key", key, problem, f"or does it belong to {foreign[0]}?")
-    return _finding("error", "unknown-key", f"{start}{key}", problem)
+        return _finding("warning", "unknown-key", f"{start}{key}", unread.reason, "delete the empty key")
+    if foreign and not start:
+        problem = "unknown to Axolotl"
+        return _finding("warning", "foreign-key", key, problem, f"does it belong to {foreign[0]}?")
+    if not unread.is_known and get_close_matches(key, names, n=1, cutoff=_MISSPELT):
+        return _finding("error", "unknown-key", f"{start}{key}", f"unknown to Axolotl{did_you_mean(key, names)}")
+    level: Level = "error" if unread.is_refused else "warning"
+    return _finding(level, "unknown-key", f"{start}{key}", unread.reason, "correct or delete the key")
 
 
-_FOREIGN = {  # keys of TRL, transformers, PEFT, Unsloth and LLaMA-Factory
-    "max_seq_length": "sequence_len",
-    "max_length": "sequence_len",
-    "cutoff_len": "sequence_len",
-    "lora_rank": "lora_r",
-    "lora_target": "lora_target_modules",
-    "target_modules": "lora_target_modules",
-    "modules_to_save": "lora_modules_to_save",
-    "num_train_epochs": "num_epochs",
-    "per_device_train_batch_size": "micro_batch_size",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "lr_scheduler_type": "lr_scheduler",
-    "optim": "optimizer",
-    "model_name_or_path": "base_model",
-    "template": "chat_template",
-    "packing": "sample_packing",
-    "train_on_prompt": "train_on_inputs",
-    "train_on_split": "split of the data set",
-}
+_MISSPELT = 0.8
+"""Similarity to a key of Axolotl from which a key is a misspelling of it."""
 
 
 def _choices(error: Any) -> str:

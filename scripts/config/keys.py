@@ -87,6 +87,39 @@ def affecting(word: str) -> list[str]:
     return [key for key, line in table().items() if line.affects == word and "." not in key]
 
 
+@dataclass(frozen=True)
+class UnreadKey:
+    """A key that Axolotl's schema does not list.
+
+    Attributes:
+        reason: the reason why Axolotl does not read it, with its name here if another tool reads it.
+        is_refused: Axolotl refuses the key; it ignores others.
+        is_known: an old release or another tool reads the key, so that it is no misspelling.
+    """
+
+    reason: str
+    is_refused: bool
+    is_known: bool
+
+
+def unread(name: str) -> UnreadKey:
+    """Look up a key, by its last part, in unread_keys.yaml."""
+    tables = _unread_tables()
+    name = name.removeprefix("fsdp_")  # keys of fsdp_config may have it
+    reason = "no release of Axolotl reads it"
+    release, new = tables["last"].get(name), tables["instead"].get(name)
+    if release:
+        reason = f"Axolotl {release} is the last release that reads it"
+    elif new:
+        reason = f"{reason}; it is {new} here"
+    return UnreadKey(reason, name in tables["refused"], bool(release or new))
+
+
+@cache
+def _unread_tables() -> Config:
+    return yamlfiles.read_yaml(Path(__file__).with_name("unread_keys.yaml"))
+
+
 def of_one_model() -> list[str]:
     """Keys that suit only one base model."""
     return [key for key, line in table().items() if line.one_model]

@@ -153,6 +153,18 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
 
 
+def value_at(config: Any, key: str) -> Any:
+    """Value at a dotted key; None if there is none."""
+    for part in key.split("."):
+        if isinstance(config, list) and part.isdecimal():
+            config = dict(enumerate(config)).get(int(part))
+        elif isinstance(config, dict):
+            config = config.get(part)
+        else:
+            return None
+    return config
+
+
 def listed(config: Config, key: str) -> list[str]:
     """Names in the list at a key of an unchecked config; empty if it is not a list."""
     value = config.get(key)

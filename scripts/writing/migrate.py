@@ -21,6 +21,7 @@ from ..base.files import Row
 from ..base.tables import print_table
 from ..base.terminal import say
 from ..base.yamlfiles import Config
+from ..check import schema
 from ..config import datafiles, keys, merging
 from ..config.datafiles import DatasetRef
 from ..config.merging import Override, Source
@@ -219,7 +220,7 @@ class Migration:
         if not isinstance(settings, dict):
             return  # the check reports it
         names = {key.removeprefix("fsdp_"): value for key, value in settings.items()}
-        of_fsdp2 = names == settings and self.config.get("fsdp_version") == 2
+        of_fsdp2 = names == settings and self.config.get("fsdp_version") == 2 and "sharding_strategy" not in names
         if not options and (of_fsdp2 or not settings):
             return
         strategy = str(names.pop("sharding_strategy", "full_shard")).lower()
@@ -316,6 +317,13 @@ class Migration:
         if template in ("chatml", "llama3"):
             return str(template)
         return "vicuna_v1.1"
+
+    def remove_unread(self) -> None:
+        """Remove keys that Axolotl does not read, so that what they seem to ask for is not taken for what happened."""
+        for finding in schema.findings(self.config):
+            value = merging.value_at(self.config, finding.key)
+            if finding.rule in ("unknown-key", "plugin-key") and value is not None:
+                self.replace(KeyChange(finding.key, value, finding.key, None, finding.problem))
 
     def skip_evaluation(self) -> None:
         """Remove times of evaluation if no rows are held out."""
@@ -436,6 +444,7 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
         migration = Migration(old, supported(), old.sign, config)
         if old.sign:
             migration.leave()
+            migration.remove_unread()
         return migration
     empty = [key for key, value in config.items() if value is None]
     config = merging.apply(config, [*map(Override, empty), *overrides])
@@ -449,6 +458,7 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
     migration.list_tokens()
     migration.leave(("upload", "tracking"))
     migration.update_datasets()
+    migration.remove_unread()
     migration.skip_evaluation()
     migration.state_defaults()
     return migration

@@ -69,6 +69,7 @@ ROWS = {"path": "owner/rows", "type": "alpaca"}
         ({"resume_from_checkpoint": "mine"}, "foreign-code:resume_from_checkpoint"),
         ({"eval_causal_lm_metrics": ["mine/metric.py"]}, "foreign-code:eval_causal_lm_metrics.0"),
         ({"deepspeed": {"compile": {"backend": "mine.compile"}}}, "foreign-code:deepspeed.compile.backend"),
+        ({"bnb_config_kwargs": {"some_name": "mine.x"}}, "foreign-code:bnb_config_kwargs.some_name"),
         ({"attn_implementation": "someone/kernel"}, "foreign-code:attn_implementation"),
         ({"attn_implementation": "kernels-community/x|someone/kernel"}, "foreign-code:attn_implementation"),
         ({"attn_implementation": f"kernels-community/x@{40 * 'a'}"}, "foreign-code:attn_implementation"),
@@ -102,6 +103,7 @@ def test_axolotls_own_and_this_projects_are_not_foreign():
         levels_by_name({"datasets": [ROWS | {"ds_type": kind} for kind in ("json", "csv", "parquet", "arrow", "text")]})
         == {}
     )
+    assert levels_by_name({"datasets": [ROWS | {"train_on_split": "train"}], "trl": {"some_name": "mine.x"}}) == {}
     harmless = {"attn_implementation": "sdpa", "use_safetensors": True, "low_cpu_mem_usage": True}
     rope = {"rope_scaling": {"type": "linear", "factor": 2}}
     assert (

@@ -30,8 +30,27 @@ def findings_of(change: yamlfiles.Config) -> list[str]:
         ),
         (
             {"per_device_train_batch_size": 8},
-            "error: per_device_train_batch_size: unknown to Axolotl; it is micro_batch_size here "
-            "[unknown-key:per_device_train_batch_size]",
+            "warning: per_device_train_batch_size: no release of Axolotl reads it; it is micro_batch_size here; "
+            "correct or delete the key [unknown-key:per_device_train_batch_size]",
+        ),
+        (
+            {"fsdp": ["full_shard"]},
+            "error: fsdp: Axolotl 0.18.0 is the last release that reads it; correct or delete the key "
+            "[unknown-key:fsdp]",
+        ),
+        (
+            {"landmark_attention": True},
+            "warning: landmark_attention: Axolotl 0.3.0 is the last release that reads it; correct or delete the key "
+            "[unknown-key:landmark_attention]",
+        ),
+        (
+            {"fsdp_config": {"fsdp_use_orig_params": True}},
+            "warning: fsdp_config.fsdp_use_orig_params: Axolotl 0.18.0 is the last release that reads it; correct or "
+            "delete the key [unknown-key:fsdp_config.fsdp_use_orig_params]",
+        ),
+        (
+            {"some_flag": 1},
+            "warning: some_flag: no release of Axolotl reads it; correct or delete the key [unknown-key:some_flag]",
         ),
         (
             {"datasets": [{"path": "x", "typ": "alpaca"}]},
@@ -39,12 +58,12 @@ def findings_of(change: yamlfiles.Config) -> list[str]:
         ),
         (
             {"bnb_config_kwargs": {"quant_type": "nf4"}},
-            "error: bnb_config_kwargs.quant_type: unknown to Axolotl; did you mean bnb_4bit_quant_type? "
-            "[unknown-key:bnb_config_kwargs.quant_type]",
+            "warning: bnb_config_kwargs.quant_type: no release of Axolotl reads it; it is bnb_4bit_quant_type here; "
+            "correct or delete the key [unknown-key:bnb_config_kwargs.quant_type]",
         ),
         (
             {"liger_rope": True},
-            "error: liger_rope: ignored unless plugins lists axolotl.integrations.liger.LigerPlugin; add it, or "
+            "warning: liger_rope: ignored unless plugins lists axolotl.integrations.liger.LigerPlugin; add it, or "
             "delete the key [plugin-key:liger_rope]",
         ),
         (
@@ -102,12 +121,11 @@ def findings_of(change: yamlfiles.Config) -> list[str]:
         ),
         (
             {"fsdp": None},
-            "warning: fsdp: unknown to Axolotl, which would ignore it; delete the empty key [unknown-key:fsdp]",
+            "warning: fsdp: Axolotl 0.18.0 is the last release that reads it; delete the empty key [unknown-key:fsdp]",
         ),
         (
             {"plugins": ["other.Plugin"], "other_key": 1},
-            "warning: other_key: unknown to Axolotl, which would ignore it; or does it belong to other.Plugin? "
-            "[unknown-key:other_key]",
+            "warning: other_key: unknown to Axolotl; does it belong to other.Plugin? [foreign-key:other_key]",
         ),
     ],
 )

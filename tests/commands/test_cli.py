@@ -53,6 +53,11 @@ MISTAKES = [
         "--set lora_rr=8: error: lora_rr: unknown to Axolotl; did you mean lora_r or lora_dropout? "
         "[unknown-key:lora_rr]",
     ),
+    (
+        f"run {NAME} --rehearse --set cutoff_len=8",
+        "--set cutoff_len=8: error: cutoff_len: no release of Axolotl reads it; it is sequence_len here; correct or "
+        "delete the key [unknown-key:cutoff_len]",
+    ),
     (f"run {NAME} --set lora_r", "--set lora_r: expected key=value, as in --set num_epochs=3"),
     (
         f"run {NAME} --set output_dir=x",

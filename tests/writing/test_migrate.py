@@ -57,6 +57,9 @@ special_tokens: {pad_token: </s>}
 """
 
 
+UNREAD = ("data_seed", "lora_rr", "max_seq_length")
+
+
 def changed(text: str, release: str) -> Config:
     """Settings that a migration changes; None for removed ones."""
     migration = migrate.migrate(OldConfig(Path("old.yml"), text, release=release))
@@ -97,6 +100,23 @@ def changed(text: str, release: str) -> Config:
             "rope_scaling: {type: linear, factor: 2.0}",
             {"rope_scaling": None, "overrides_of_model_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}},
             id="nested",
+        ),
+        pytest.param("data_seed: 1\nlora_rr: 1\nmax_seq_length: 8", dict.fromkeys(UNREAD), id="unread"),
+        pytest.param("liger_rope: true", {"liger_rope": None}, id="without-its-plugin"),
+        pytest.param("plugins: [other.Plugin]\nother_key: 1", {}, id="perhaps-read-by-a-plugin"),
+        pytest.param(
+            "datasets: [{path: x, train_on_split: train}]", {"datasets": [{"path": "x"}]}, id="unread-of-a-data-set"
+        ),
+        pytest.param("train_on_split: train", {"train_on_split": None}, id="never-read"),
+        pytest.param(
+            "fsdp_version: 2\nfsdp_config: {offload_params: true, use_orig_params: true}",
+            {"fsdp_config": {"offload_params": True}},
+            id="fsdp1-beside-fsdp2",
+        ),
+        pytest.param(
+            "fsdp_version: 2\nfsdp_config: {sharding_strategy: SHARD_GRAD_OP}",
+            {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": False}},
+            id="sharding-beside-fsdp2",
         ),
         pytest.param("optimizer: adamw_hf", {"optimizer": "adamw_torch"}, id="value"),
         pytest.param("optimizer: adamw_bnb_8bit", {}, id="value-that-stays"),
@@ -205,6 +225,17 @@ def test_an_old_default_is_stated(release, text, expected):
 
 def test_defaults_of_optimizer_and_precision_are_stated():
     assert changed("lora_r: 8", "0.4.0") == {"optimizer": "adamw_torch", "tf32": False, "bf16": False}
+
+
+def test_an_unread_key_has_its_reason():
+    text = "data_seed: 1\nlora_rr: 1\nmax_seq_length: 8\npush_to_hub_model_id: x\nliger_rope: true"
+    assert migrate.migrate(OldConfig(Path("old.yml"), text, release="0.21.0")).reasons() == {
+        "data_seed": "no release of Axolotl reads it; it is seed here",
+        "lora_rr": "unknown to Axolotl; did you mean lora_r or lora_dropout?",
+        "max_seq_length": "no release of Axolotl reads it; it is sequence_len here",
+        "push_to_hub_model_id": "Axolotl 0.4.0 is the last release that reads it",
+        "liger_rope": "ignored unless plugins lists axolotl.integrations.liger.LigerPlugin",
+    }
 
 
 PACKED = "sequence_len: 8\nsample_packing: true\n"
@@ -513,10 +544,9 @@ def test_the_check_of_an_old_file_names_the_command_that_migrates_it(place, reci
         ),
         pytest.param(
             "README.md",
-            CARD.replace("lora_r: 32\n", "lora_r: 32\nlora_rr: 3\n"),
+            CARD.replace("lora_r: 32\n", "lora_r: 32\nseed: 1x\n"),
             [],
-            "README.md:19: error: lora_rr: unknown to Axolotl; did you mean lora_r or lora_dropout? "
-            "[unknown-key:lora_rr]",
+            "README.md:19: error: seed: 1x is not an integer [value:seed]",
             id="line-of-a-card",
         ),
         pytest.param(
