@@ -116,6 +116,8 @@ def axolotl_schema() -> str:
     _set_values(keys, "attn_implementation", sorted(CANONICAL_ATTN_IMPLS), "^[^/]+/[^/]+$")  # or a kernel on the hub
     _set_values(definitions["SFTDataset"]["properties"], "type", *_sft_types())
     _set_values(definitions["SFTDataset"]["properties"], "chat_template", templates)
+    for section in ("datasets", "test_datasets"):  # Axolotl makes each an SFTDataset, which drops other keys
+        keys[section]["anyOf"][0]["items"]["anyOf"].remove({"$ref": "#/$defs/StepwiseSupervisedDataset"})
     # Axolotl has no schema of its own for data sets of ORPO
     _set_values(definitions["DPODataset"]["properties"], "type", _preference_types("dpo") + _preference_types("orpo"))
     _set_values(definitions["KTODataset"]["properties"], "type", _preference_types("kto"))

@@ -53,6 +53,11 @@ def findings_of(change: yamlfiles.Config) -> list[str]:
             "warning: some_flag: no release of Axolotl reads it; correct or delete the key [unknown-key:some_flag]",
         ),
         (
+            {"datasets": [{"path": "x", "type": "stepwise_supervised", "step_separator": "+"}]},
+            "warning: datasets.0.step_separator: no release of Axolotl reads it; correct or delete the key "
+            "[unknown-key:datasets.0.step_separator]",
+        ),
+        (
             {"datasets": [{"path": "x", "typ": "alpaca"}]},
             "error: datasets.0.typ: unknown to Axolotl; did you mean type or ds_type? [unknown-key:datasets.0.typ]",
         ),
