@@ -175,8 +175,10 @@ class Migration:
         v0.3.0: src/axolotl/utils/models.py:149-156; v0.4.0: same file, lines 363-367, and core/trainer_builder.py:207;
         v0.5.0: core/trainer_builder.py:1562, and transformers 4.46, in which a patch of masks has no effect.
         """
-        is_stated = self.release >= Version("0.5.0") and not self.sign  # a guess is the latest possible release
-        if is_stated or not self._has("sample_packing", "max_packed_sequence_len"):
+        is_newer = self.release >= Version("0.5.0") and not self.sign  # a guess is the latest possible release
+        if is_newer or "multipack_real_batches" in self.config:  # which 0.5.0 introduced
+            return
+        if not self._has("sample_packing", "max_packed_sequence_len"):
             return
         if not attention(self.config) and self._is_llama():
             reason = "before 0.5.0, packed rows of Llama models were masked; 0.21 needs an attention that does this"

@@ -257,6 +257,12 @@ SDPA = {"attn_implementation": "sdpa", "multipack_real_batches": False}
         ),
         pytest.param(f"{PACKED}base_model: org/x\nsdp_attention: true", "0.4.1", SDPA, id="stated-sdpa"),
         pytest.param(
+            f"{PACKED}base_model: org/llama\nsdp_attention: true\nmultipack_real_batches: true",
+            "",
+            SDPA | {"multipack_real_batches": True},
+            id="stated-batches",
+        ),
+        pytest.param(
             "base_model: org/llama\nmax_packed_sequence_len: 8",
             "0.3.0",
             {"attn_implementation": "sdpa"},
