@@ -348,6 +348,9 @@ class Migration:
             return False
         if entry.get("one") and len(datafiles.training_sets(self.config)) != 1:
             return False
+        types = [dataset.type_name for dataset in datafiles.datasets(self.old.config)]
+        if entry.get("type", "") not in ("", *types):
+            return False
         return "with" not in entry or self._has(*entry["with"])
 
     def _has(self, *names: str) -> bool:

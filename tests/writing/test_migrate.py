@@ -305,6 +305,15 @@ def test_a_meaning_that_no_key_restores_is_told():
 
 
 @pytest.mark.parametrize(
+    ("kind", "count"),
+    [("chat_template", 1), ("sharegpt", 0), ("chatml.intel", 0)],
+)
+def test_a_meaning_of_a_type_is_told_of_that_type_only(kind, count):
+    text = f"chat_template: chatml\ndatasets: [{{path: x, type: {kind}}}]"
+    assert len(migrate.migrate(OldConfig(Path("old.yml"), text, release="0.6.0")).meanings()) == count
+
+
+@pytest.mark.parametrize(
     ("name", "messages", "expected"),
     [
         pytest.param(
