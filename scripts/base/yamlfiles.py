@@ -289,6 +289,41 @@ def write_flow(value: Any) -> str:
     return json.dumps(value) if "\n" in text else text
 
 
+_LONGEST_LINE = 100  # characters of a value
+
+
+_FOR_BLOCK = re.compile(r"\S[^\x85\u2028\u2029]*\S\n?")  # PyYAML writes other texts wrongly as a block
+
+
+class _BlockDumper(_Dumper):
+    """Dumper that writes long text as a block, over several lines."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        style = None
+        if _FOR_BLOCK.fullmatch(text) and ("\n" in text or len(text) > _LONGEST_LINE):
+            style = "|" if "\n" in text else ">"
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_BlockDumper.add_representer(str, _BlockDumper.represent_str)
+
+
+def write_setting(key: str, value: Any) -> list[str]:
+    """Lines of a key and its value, of which the first can get a comment.
+
+    A list of mappings and a long value become a block, if YAML allows one.
+    """
+    flow = write_flow(value)
+    text = yaml.dump({key: value}, Dumper=_BlockDumper, sort_keys=False, allow_unicode=True, width=_LONGEST_LINE)
+    first, *lines = text.rstrip("\n").split("\n")
+    is_short = len(flow) <= _LONGEST_LINE and not flow.startswith("[{")
+    if is_short or not re.fullmatch(r"\w+:( [|>].*)?", first):
+        return [f"{key}: {flow}"]
+    if isinstance(value, list):
+        lines = [f"  {line}" if line else "" for line in lines]
+    return [first, *lines]
+
+
 def on_one_line(value: Any) -> str | None:
     """A setting's value as YAML on one line; text and None unchanged."""
     return value if value is None or isinstance(value, str) else write_flow(value)

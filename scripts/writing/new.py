@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import dropwhile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import yaml
@@ -313,7 +314,7 @@ def _sources(overrides: list[Override], other: Changes) -> dict[str, str | None]
 def edited(text: str, key: str, change: Change, where: str) -> str:
     """Set or delete a top-level key in a config's text, and note the change in a comment.
 
-    The lines of the key become one line, whose comment gives the former value. Comments between them go.
+    The comment on the key's first line gives the former value. Comments inside a value go.
 
     Args:
         text: the text.
@@ -338,11 +339,12 @@ def edited(text: str, key: str, change: Change, where: str) -> str:
         first = name.start_mark.line
         end = _end(lines, _next_key(document, lines, first))
         behind = node.end_mark if node.end_mark.line == first else name.end_mark
-        was = yamlfiles.write_flow(before[key])
+        was = shorten(yamlfiles.write_flow(before[key]), 100, placeholder=" …")
         source = source or lines[first][behind.column :].partition(" #")[2].strip()
     reason = f"; {source}" if source else ""
     if key in after:
-        lines[first:end] = [f"{key}: {yamlfiles.write_flow(after[key])}  # variant, was {was}{reason}"]
+        head, *rest = yamlfiles.write_setting(key, after[key])
+        lines[first:end] = [f"{head}  # variant, was {was}{reason}", *rest]
     elif before[key] is None:
         del lines[first:end]  # an empty key was as good as absent
     else:

@@ -4,9 +4,11 @@ import time
 from contextlib import suppress
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.base.yamlfiles import parse, recipe_text
+from qlora_recipes.base.yamlfiles import parse, recipe_text, write_setting
 from qlora_recipes.run.backends import slurm_cluster
 
 TOO_LARGE = "too large or nested too deeply for a config; remove values or aliases (*name)"
@@ -104,3 +106,25 @@ def test_aliases_and_merge_keys_that_would_explode_are_refused(tmp_path, text):
         slurm_cluster._read(file)
     assert str(refused.value) == f"{file}: {TOO_LARGE}"
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("value", "lines"),
+    [
+        pytest.param([1, 2], ["key: [1, 2]"], id="short list"),
+        pytest.param([], ["key: []"], id="empty list"),
+        pytest.param([{"path": "x"}], ["key:", "  - path: x"], id="list of mappings"),
+        pytest.param(f"{'a' * 99}\nb", ["key: |-", f"  {'a' * 99}", "  b"], id="several lines"),
+        pytest.param(f"{'a' * 99} bc", ["key: >-", f"  {'a' * 99}", "  bc"], id="long line"),
+        pytest.param(f" {'a' * 99} bc", [f"key: ' {'a' * 99} bc'"], id="not as a block"),
+    ],
+)
+def test_a_setting_is_written_as_people_do(value, lines):
+    assert write_setting("key", value) == lines
+
+
+@given(st.text(st.sampled_from("ab  \n\t'\"#:{}%-|>\\é\u2028\x85"), max_size=300))
+def test_a_written_setting_is_read_as_it_was(text):
+    for value in (text, [{"path": text, "roles": {"user": [text]}}], {"a": text}):
+        first, *lines = write_setting("key", value)
+        assert parse("\n".join(["a: 1", f"{first}  # comment", *lines, "b: 2"])) == {"a": 1, "key": value, "b": 2}

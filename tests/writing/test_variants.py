@@ -92,7 +92,7 @@ def test_a_variant_keeps_comments_on_settings_and_differs_in_just_what_was_chang
         errors = {finding.rule for finding in check.check_config(composed).findings if finding.level == "error"}
         assert errors <= {"not-prepared", "missing-file"}
         for line in set(text.splitlines()) - set(TEXT.splitlines()):
-            assert line.startswith("#") or "  # variant, " in line
+            assert line.startswith(("#", "  ")) or "  # variant, " in line
 
 
 def test_two_changes_below_a_key_state_the_former_value_once(place, recipe):
@@ -100,6 +100,14 @@ def test_two_changes_below_a_key_state_the_former_value_once(place, recipe):
     assert yamlfiles.sources(place / "variants/mine.yaml")["datasets"] == (
         "variant, was [{path: data/gsm8k/train.jsonl, type: chat_template}]; this project: an example"
     )
+    lines = (place / "variants/mine.yaml").read_text().splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("datasets:"))
+    assert lines[first + 1 : first + 5] == [
+        "  - path: data/gsm8k/train.jsonl",
+        "    type: chat_template",
+        "    split: train[:9]",
+        "    shards: 2",
+    ]
 
 
 def test_a_variant_from_the_command_line_to_its_config(place, recipe):
