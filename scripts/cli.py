@@ -18,7 +18,7 @@ from click.exceptions import NoSuchCommand
 from .base import paths
 from .base.errors import UserError, WorkFailed
 from .base.files import DISK_FULL
-from .base.terminal import say
+from .base.terminal import say, show_messages
 from .commands.help import RecipeGroup
 
 FIRST_STEPS = """\
@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # shows ? for characters that the terminal's encoding lacks
             stream.reconfigure(errors="replace")
+    show_messages()
     return exit_code(partial(app, None if argv is None else list(argv), prog_name="recipe"))
 
 

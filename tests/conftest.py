@@ -45,6 +45,7 @@ from qlora_recipes.run.backends import slurm_cluster
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training import validation
 
+terminal.show_messages()  # for tests that call functions instead of commands
 importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)  # see base.hub
 # A busy machine is slow at times; that is no fault of the code under test.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,5 +1,6 @@
 """Messages and progress of a command, on stderr, without secrets."""
 
+import logging
 import re
 import sys
 import textwrap
@@ -20,6 +21,7 @@ from .secrets import masked
 PART = "QLORA_RECIPES_PART"  # set for commands that another command starts; only the outermost suggests next steps
 
 
+_LOG = logging.getLogger("qlora_recipes")
 _OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -55,6 +57,27 @@ def columns() -> int:
 
 
 def say(text: str) -> None:
+    """Log a message without secrets; commands show it, see `show_messages`."""
+    _LOG.info("%s", masked(text))
+
+
+def show_messages() -> None:
+    """Show messages on stderr from now on, as the commands do."""
+    if not _LOG.handlers:
+        _LOG.addHandler(_Stderr())
+    _LOG.setLevel(logging.INFO)
+    _LOG.propagate = False  # other handlers of the process would repeat them
+
+
+class _Stderr(logging.Handler):
+    """Handler that writes messages to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message."""
+        _write(record.getMessage())
+
+
+def _write(text: str) -> None:
     """Write a text to stderr, wrapped to the terminal's width; ignore a closed stderr."""
     is_command = text.startswith(("next: ", "chat: "))  # unwrapped, for copying
     width = columns() if sys.stderr.isatty() and not is_command else sys.maxsize
