@@ -2,10 +2,11 @@
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -24,9 +25,12 @@ class Table:
     rows: Sequence[Row]
     title: str | None = None
     below: Sequence[str] = ()
+    keep: Sequence[str] = ()
+    legend: Mapping[str, str] = MappingProxyType({})
 
 
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]\d+)?( ?%)?|nan|–")  # aligned right
+_DECIMALS = 4  # at most, of numbers from 1 to 100
 _GAP = 2  # spaces between columns, and before cells below a row
 
 
@@ -54,6 +58,30 @@ def _rounded(number: float) -> str:
     return text
 
 
+def _cells(values: Sequence[Any]) -> list[str]:
+    """Texts of a column's values on one line, safe for a terminal; fractions have at least four decimals.
+
+    Numbers from 1 to 100 have more decimals if these tell them apart.
+    """
+    texts = [_cell(value) for value in values]
+    numbers = {value for value in values if isinstance(value, float)}
+    decimals = 2
+    while decimals < _DECIMALS and _repeated(numbers, decimals):
+        decimals += 1
+    if decimals == 2:
+        return texts
+    for place, value in enumerate(values):
+        if isinstance(value, float) and 1 <= abs(value) < 100:
+            texts[place] = f"{value:.{decimals}f}"
+    return texts
+
+
+def _repeated(numbers: Iterable[float], decimals: int) -> bool:
+    """True if different numbers from 1 to 100 have the same text with some decimals."""
+    texts = [f"{number:.{decimals}f}" for number in numbers if 1 <= abs(number) < 100]
+    return len(set(texts)) < len(texts)
+
+
 def _cell(value: Any) -> str:
     """Text of a value on one line, safe for a terminal; fractions have four decimals."""
     is_fraction = isinstance(value, float) and 1e-4 <= abs(value) < 1
@@ -69,7 +97,7 @@ def hours(value: float, is_bound: bool) -> str:
     return f"{'up to ' if is_bound else ''}{value:,.{digits}f}"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Column:
     """Column of a printed table: its values, and the texts of its heading and cells."""
 
@@ -106,7 +134,7 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
     for name in dict.fromkeys(chain(*rows)):
         values = [row.get(name) for row in rows]
         if any(value is not None for value in values):
-            columns.append(_Column(name, values, [harmless(name), *map(_cell, values)]))
+            columns.append(_Column(name, values, [harmless(name), *_cells(values)]))
     return columns
 
 
@@ -121,13 +149,13 @@ class _Layout:
     """
 
     width: int
-    beside: list[_Column]
+    beside: list[_Column] = field(default_factory=list)
     below: list[_Column] = field(default_factory=list)
     left_out: list[_Column] = field(default_factory=list)
 
-    def fits(self) -> bool:
-        """True if the columns beside each other fit the width."""
-        return sum(column.width + _GAP for column in self.beside) - _GAP <= self.width
+    def fits(self, columns: Sequence[_Column]) -> bool:
+        """True if columns beside each other fit the width."""
+        return sum(column.width + _GAP for column in columns) - _GAP <= self.width
 
     def line(self, place: int) -> str:
         """Line of the headings (place 0) or of a row, without cells below it."""
@@ -142,15 +170,22 @@ class _Layout:
                     yield " " * _GAP + line
 
 
-def _layout(columns: Sequence[_Column], width: int, below: Sequence[str]) -> _Layout:
-    """Arrangement of columns in a width; `below` names the columns that can go below their rows."""
-    layout = _Layout(width, [*columns])
-    if not layout.fits():
-        by_name = {column.name: column for column in columns}
-        layout.below = [by_name[name] for name in below if name in by_name]
-        layout.beside = [column for column in columns if column.name not in below]
-    while len(layout.beside) > 1 and not layout.fits():
-        layout.left_out.insert(0, layout.beside.pop())
+def _layout(columns: Sequence[_Column], width: int, below: Sequence[str], keep: Sequence[str]) -> _Layout:
+    """Arrangement of columns in a width; for `below` and `keep` see `print_table`."""
+    layout = _Layout(width)
+    if layout.fits(columns):
+        layout.beside = [*columns]
+        return layout
+    by_name = {column.name: column for column in columns}
+    layout.below = [by_name[name] for name in below if name in by_name]
+    first, *others = [column for column in columns if column.name not in below]
+    kept = [by_name[name] for name in keep if by_name.get(name) in others]
+    fitting = [first]
+    for column in [*kept, *others]:
+        if column not in fitting and layout.fits([*fitting, column]):
+            fitting.append(column)
+    layout.beside = [column for column in [first, *others] if column in fitting]
+    layout.left_out = [column for column in others if column not in fitting]
     return layout
 
 
@@ -158,18 +193,22 @@ def print_table(
     rows: Sequence[Row],
     title: str | None = None,
     below: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    legend: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Print a table on stdout, with all columns that have a value; nothing without rows.
 
     Values are never cut; only long paths are broken. If the table is too wide for the terminal, the columns `below`
-    move below their rows. Then the last columns are left out and listed.
+    move below their rows. Then columns are left out and listed.
 
     Args:
         below: columns of long texts.
+        keep: columns that stay if others do not fit, the most important first; the first column of all stays anyway.
+        legend: explanations of columns, printed below the table if it shows them.
     """
     if not rows:
         return
-    layout = _layout(_columns(rows), _width(), below)
+    layout = _layout(_columns(rows), _width(), below, keep)
     if title:
         print_text(title)
     click.secho(layout.line(0), bold=True)
@@ -180,6 +219,9 @@ def print_table(
     if layout.left_out:
         names = ", ".join(column.name for column in layout.left_out)
         print_text(f"columns left out: {names}; `| less -S` shows all")
+    for column in layout.beside:
+        if column.name in legend:
+            print_text(legend[column.name])
     if title:
         click.echo()
 
