@@ -1,16 +1,17 @@
 """The commands results, report and publish."""
 
+from glob import has_magic
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..base import paths
+from ..base import paths, tables
 from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.hub import importing_axolotl
 from ..base.terminal import Bar, say
-from .help import RecipeCommand, rehearse_option, suggest
+from .help import RecipeCommand, name_of, rehearse_option, suggest
 from .options import (
     Force,
     Json,
@@ -25,18 +26,45 @@ from .options import (
 )
 
 commands = typer.Typer(rich_markup_mode=None)
+_QUERY = "--where, --sort, --columns, --limit or --csv"
+
+
+def _columns_option(option: str, help: str) -> Any:
+    """Option with columns, separated by commas."""
+    return typer.Option(
+        option, callback=_split, default_factory=list, show_default=False, metavar="COLUMN[,COLUMN]...", help=help
+    )
+
+
+def _split(texts: list[str]) -> list[str]:
+    return [name.strip() for text in texts for name in text.split(",")]
 
 
 @commands.command(
     "results",
     cls=RecipeCommand,
-    epilog="recipe results    # all runs\nrecipe results lora-tradeoffs\nrecipe results RUN_A RUN_B",
+    epilog="recipe results    # all runs\nrecipe results lora-tradeoffs\nrecipe results RUN_A RUN_B"
+    "\nrecipe results --where 'state == \"finished\"' --sort eval_loss --csv",
 )
 def results_command(
     *,
     names: Things,
     rehearse: RehearsalsOfStudy = False,
     metric: Metrics,
+    where: Annotated[
+        str,
+        typer.Option(
+            metavar="CONDITION",
+            help="Only runs that meet it, as in 'state == \"finished\" and lora_r >= 16'. Columns: fields of --json, "
+            "metrics, and settings by dotted key.",
+        ),
+    ] = "",
+    sort: Annotated[
+        list[str], _columns_option("--sort", help="Sort runs by these columns; with - in front, descending.")
+    ],
+    columns: Annotated[list[str], _columns_option("--columns", help="Show these columns of runs.")],
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Show only the first N runs.")] = None,
+    csv: Annotated[bool, typer.Option("--csv", rich_help_panel="Output", help="Print runs as CSV.")] = False,
     export: Annotated[
         str | None,
         typer.Option(
@@ -48,25 +76,33 @@ def results_command(
     json: Json = False,
 ) -> None:
     """Show losses and scores of runs, a study or a sweep, or compare two runs."""
-    refuse_together({" ".join(names): names, "--export": export})
+    refuse_together({"--json": json, "--csv": csv})
+    is_query = bool(where or sort or columns or limit or csv)
+    refuse_together({" ".join(names) or _QUERY: names or is_query, "--export": export})
+    refuse_together({_QUERY: is_query, "--metric": metric, "--rehearse": rehearse})
     refuse_without("--metric", metric, "two runs", len(names) == 2)
     refuse_without("--rehearse", rehearse, "a study", len(names) == 1)
     if export:
         _export(export)
-    elif len(names) == 1:
-        _show_one(names[0], rehearse, json)
-    elif len(names) > 2:
-        raise UserError(f"{' '.join(names)}: give two runs to compare, or a run and a file of predictions")
-    elif names:
+    elif is_query:
+        from ..results import query
+
+        asked = query.Query(where, sort, columns, limit, full=json and not columns)
+        if json:
+            tables.print_json(query.table(names, asked))
+        else:
+            query.show(names, asked, csv)
+    elif len(names) == 2 and not any(map(has_magic, names)):
         from ..results import compare, study_tables
 
         pair = (names[0], names[1])
         study_tables.show_comparison(compare.comparison(pair, paths.runs(), metric), pair, json)
-    elif json or any(paths.run_folders(paths.runs())):
-        from ..results import listing
-        from ..run.rundir import all_runs
+    elif len(names) == 1 and not has_magic(names[0]):
+        _show_one(names[0], rehearse, json)
+    elif names or json or any(paths.run_folders(paths.runs())):
+        from ..results import listing, query
 
-        listing.show(all_runs(paths.runs()), json)
+        listing.show(query.folders_of(names), json)
     else:
         say(f"no runs below {paths.runs()}/; `recipe run NAME --rehearse` makes one")
 
@@ -94,7 +130,7 @@ def _export(name: str) -> None:
 
 def _show_one(name: str, rehearse: bool, json: bool) -> None:
     from ..data.studies import Study
-    from ..results import listing, study_tables, sweep_results, verdict
+    from ..results import listing, query, study_tables, sweep_results, verdict
     from ..run import backends
     from ..study.sweep import Sweep, find_run_sweep_or_study, recorded_sweeps
 
@@ -111,9 +147,10 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
     elif isinstance(thing, Sweep):
         sweep_results.show(thing, json)
     else:
-        listing.show([thing], json)
-        if backends.read(thing).state == "failed":
-            suggested = ["check", str(thing.config_file), "--all-rows"]
+        folders = query.folders_of([name])
+        listing.show(folders, json)
+        if backends.read(folders[-1]).state in ("failed", "interrupted"):
+            suggested = ["resume", name_of(folders[-1])]
     suggest(*suggested, *rehearse_option(rehearse), json=json)
 
 

@@ -1,23 +1,31 @@
 """Print the results of runs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
+from typing import Any
 
 from ..base import tables
 from ..base.files import Row
 from ..base.tables import Table
 from ..base.terminal import say
+from ..base.yamlfiles import Config, write_flow
+from ..config.merging import Override
+from ..config.training_settings import TrainingSettings
 from ..evaluate.scores_file import Evaluation, about_rows
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..metrics.registry import EVAL_LOSS
 from ..run import backends
 from ..run.rundir import RunDir, readable
-from ..training.run_record import Summary
+from ..training.run_record import GPU_MEMORY, Summary
+from . import verdict
 from .run_result import RunResult, RunScore
 
+FIRST_EVAL_LOSS = "eval loss at first"
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown without a loss per token
 REHEARSALS = "Rehearsals (small model, few rows; not comparable with any published score)"
 _FILES = "GGUF files, each below the adapter that it was made of; a quantized file is not refused for its KL"
+_KEPT = ("state", "eval loss", "recipe", "published", "difference", FIRST_EVAL_LOSS, AXOLOTL_EVAL_LOSS)
 _BELOW = (
     *("scored", "trouble", "changed", "variant of", "jobs", "predictions", "adapter", "not compared", "recipe file"),
     "trackers",
@@ -34,45 +42,96 @@ def show(folders: Sequence[RunDir], json: bool) -> None:
     tables.show(json, records, _tables(results))
 
 
+def _study(result: RunResult) -> str | None:
+    """Name of a run's study."""
+    return result.study.folder.name if result.study else None
+
+
+def _verdict(result: RunResult) -> str | None:
+    """Verdict on a run alone, by its study's first metric; see `verdict.verdict`."""
+    if result.study is None or result.run.rehearsal:
+        return None
+    return verdict.of_run(result.study.first, result)
+
+
+def _seed(result: RunResult) -> int:
+    """Seed of a run, from its recipe and changes."""
+    return TrainingSettings.of({"seed": result.setting("seed")}).seed
+
+
+def _gpu(result: RunResult) -> str | None:
+    """Name of a run's GPU, with the number of GPUs if there are several; None on a CPU."""
+    gpus = result.run.provenance.get("gpus")
+    if not gpus or result.summary.memory_kind != GPU_MEMORY:
+        return None
+    name = gpus[0].get("name")
+    return name if result.run.ranks == 1 else f"{result.run.ranks} x {name}"
+
+
+def _start(result: RunResult) -> str:
+    """Time of the first launch, or of the creation of a run without one."""
+    return result.run.launches[0].started if result.run.launches else result.run.created
+
+
+def _end(result: RunResult) -> str | None:
+    """Time at which the last launch ended; None if it has not, or if it was killed."""
+    return result.run.launches[-1].ended if result.run.launches else None
+
+
+def _duration(result: RunResult) -> float | None:
+    """Seconds of all launches that ended, with loading and evaluation; None without one."""
+    seconds = [launch.seconds for launch in result.run.launches if launch.seconds is not None]
+    return sum(seconds) if seconds else None
+
+
+FIELDS: dict[str, Callable[[RunResult], Any]] = {
+    "run": lambda result: str(result.folder.path),
+    "recipe": attrgetter("run.recipe"),
+    "variant_of": attrgetter("run.variant_of"),
+    "study": _study,
+    "rehearsal": attrgetter("run.rehearsal"),
+    "state": attrgetter("run.state"),
+    "verdict": _verdict,
+    "published_adapter": attrgetter("run.published_adapter"),
+    "jobs": attrgetter("jobs"),
+    "seed": _seed,
+    "start": _start,
+    "end": _end,
+    "duration_seconds": _duration,
+    "gpu": _gpu,
+    "machine": lambda result: result.run.provenance.get("host"),
+    "step": attrgetter("summary.step"),
+    "steps": attrgetter("summary.max_steps"),
+    "ended": attrgetter("summary.ended"),
+    "kept_step": attrgetter("summary.kept_step"),
+    "trouble": attrgetter("trouble"),
+    "eval_loss_first": attrgetter("summary.eval_loss_per_token_first"),
+    "eval_loss": attrgetter("summary.eval_loss_per_token"),
+    "eval_loss_axolotl": attrgetter("summary.eval_loss"),
+    "eval_tokens": attrgetter("summary.eval_tokens"),
+    "incomparable_loss": attrgetter("incomparable_loss"),
+    "rows_evaluated": attrgetter("rows_evaluated"),
+    "evaluation": attrgetter("changed"),
+    "peak_memory_gib": attrgetter("summary.peak_memory"),
+    "memory_kind": attrgetter("summary.memory_kind"),
+    "other_base_model": attrgetter("other_model"),
+    "other_data": attrgetter("other_data"),
+    "tokens_per_second": attrgetter("summary.tokens_per_second"),
+    "train_seconds": attrgetter("summary.train_seconds"),
+    "changed": attrgetter("changes"),
+    "recipe_note": attrgetter("run.recipe_note"),
+    "tracked": attrgetter("summary.tracked"),
+}
+"""Fields of a run in JSON, which queries take as columns."""
+
+
 def record(result: RunResult) -> Row:
     """JSON fields of a run and its results."""
-    run, summary = result.run, result.summary
-    row: Row = {
-        "run": str(result.folder.path),
-        "recipe": run.recipe,
-        "variant_of": run.variant_of,
-        "study": result.study and result.study.folder.name,
-        "rehearsal": run.rehearsal,
-        "state": run.state,
-        "published_adapter": run.published_adapter,
-        "jobs": _jobs(result),
-    }
-    row |= {
-        "step": summary.step,
-        "steps": summary.max_steps,
-        "ended": summary.ended,
-        "kept_step": summary.kept_step,
-        "trouble": result.trouble,
-        "eval_loss_first": summary.eval_loss_per_token_first,
-        "eval_loss": summary.eval_loss_per_token,
-        "eval_loss_axolotl": summary.eval_loss,
-        "eval_tokens": summary.eval_tokens,
-        "incomparable_loss": result.incomparable_loss,
-    }
+    row = {name: field(result) for name, field in FIELDS.items()}
     row |= _evaluation_fields(result)
     for name, score in result.scores.items():
         row |= score.as_json(name)
-    return row | {
-        "peak_memory_gib": summary.peak_memory,
-        "memory_kind": summary.memory_kind,
-        "other_base_model": result.other_model,
-        "other_data": result.other_data,
-        "tokens_per_second": summary.tokens_per_second,
-        "train_seconds": summary.train_seconds,
-        "changed": result.changes,
-        "recipe_note": run.recipe_note,
-        "tracked": summary.tracked,
-    }
+    return row | {"settings": result.config_values}
 
 
 def _evaluation_fields(result: RunResult) -> Row:
@@ -83,11 +142,9 @@ def _evaluation_fields(result: RunResult) -> Row:
         also_trained = result.evaluation.also_trained
         test_set = result.evaluation.settings.test_set
     return {
-        "rows_evaluated": result.rows_evaluated,
         "rows_total": total,
         "rows_also_trained": also_trained,
         "test_set": test_set,
-        "evaluation": result.changed,
         "files": [_file_fields(result, evaluation) for evaluation in result.served],
     }
 
@@ -101,22 +158,12 @@ def _file_fields(result: RunResult, evaluation: Evaluation) -> Row:
     return row | result.scores_in(evaluation)
 
 
-def _jobs(result: RunResult) -> str | None:
-    """Unfinished jobs of a run, such as `evaluate: queued`."""
-    is_trained = result.run.state == "finished"
-    jobs = []
-    for step, is_done in {"prepare": is_trained, "run": is_trained, "evaluate": result.evaluation}.items():
-        state = None if is_done else backends.job_state(result.folder, step)
-        if state:
-            jobs.append(f"{step}: {state}")
-    return "; ".join(jobs) or None
-
-
 def _tables(results: Sequence[RunResult]) -> Iterator[Table]:
     """Tables of the runs of each study, and of runs of no study; rehearsals have separate tables."""
     for title, group in _groups(results).items():
         columns = _columns(group)
-        yield Table([cells(result, columns) for result in group], title, below=_BELOW)
+        first = next(iter(columns), "")
+        yield Table([cells(result, columns) for result in group], title, below=_BELOW, keep=(first, *_KEPT))
         yield Table([*_files(group, columns)], _FILES)
 
 
@@ -159,11 +206,11 @@ def cells(result: RunResult, columns: Mapping[str, Column]) -> Row:
         "run": result.folder.path.name,
         "recipe": run.recipe,
         "state": run.state,
-        "jobs": _jobs(result),
+        "jobs": result.jobs,
     }
     row |= _first_cells(first, scores[first])
-    row["step"] = _progress(summary)
     row |= _eval_losses(summary)
+    row["step"] = _progress(summary)
     for heading in further:
         row |= {heading: scores[heading].value, f"{heading}, base model": scores[heading].base_model}
     row |= {"rows": result.rows_evaluated, "scored": about_rows(result.evaluation)}
@@ -175,9 +222,25 @@ def cells(result: RunResult, columns: Mapping[str, Column]) -> Row:
         "not compared": result.incomparable_loss,
         "recipe file": run.recipe_note,
         "variant of": run.variant_of,
-        "changed": ", ".join(result.changes) or None,
+        "changed": settings_text(result.changes),
         "trackers": ", ".join(f"{run['tracker']}: {run.get('page', run['place'])}" for run in summary.tracked) or None,
     }
+
+
+def texts(row: Row) -> Row:
+    """Fields of a run with truth values, lists and mappings as texts."""
+    cells = dict(row)
+    for name, value in row.items():
+        if name == "changed":
+            cells[name] = settings_text(value)
+        elif isinstance(value, bool | list | dict):
+            cells[name] = write_flow(value)
+    return cells
+
+
+def settings_text(settings: Config) -> str | None:
+    """Settings as `key=value, key=value`; None without any."""
+    return ", ".join(Override(key, value).text for key, value in settings.items()) or None
 
 
 def _score(result: RunResult, column: Column) -> RunScore:
@@ -225,11 +288,11 @@ def _progress(summary: Summary) -> str:
 
 
 def _eval_losses(summary: Summary) -> Row:
-    """Cells of the first and last eval loss per token, or else of Axolotl's eval loss."""
+    """Cells of the last and first eval loss per token, or else of Axolotl's eval loss."""
     if summary.eval_loss_per_token is None:
-        return {"eval loss": None, AXOLOTL_EVAL_LOSS: summary.eval_loss}
-    first, last = map(tables.text_of, (summary.eval_loss_per_token_first, summary.eval_loss_per_token))
-    return {"eval loss": f"{first} → {last}", AXOLOTL_EVAL_LOSS: None}
+        return {"eval loss": None, FIRST_EVAL_LOSS: None, AXOLOTL_EVAL_LOSS: summary.eval_loss}
+    first, last = summary.eval_loss_per_token_first, summary.eval_loss_per_token
+    return {"eval loss": last, FIRST_EVAL_LOSS: first, AXOLOTL_EVAL_LOSS: None}
 
 
 def _costs(summary: Summary) -> Row:

@@ -1,11 +1,12 @@
 """Results of a run beside published scores."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
-from ..base.files import Row
-from ..base.yamlfiles import Config
+from ..base.files import Row, sha256
+from ..base.yamlfiles import Config, read_yaml
 from ..config import datafiles, keys, merging, models
 from ..config.compose import REHEARSAL
 from ..config.merging import Difference, Source
@@ -18,6 +19,7 @@ from ..evaluate.score import by_declared_model, columns_of
 from ..evaluate.scores_file import Evaluation, read_scores
 from ..evaluate.settings import BASE
 from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord, is_of_trainer
+from ..run import backends
 from ..run.rundir import RunDir
 from ..training.run_record import Run, Summary
 from .score_records import PROFILES
@@ -66,6 +68,22 @@ class RunResult:
     def config(self) -> Config:
         """Config that Axolotl received; empty if the file is missing."""
         return self.folder.config if self.folder.config_file.is_file() else {}
+
+    @cached_property
+    def config_values(self) -> Config:
+        """Settings of the config by dotted key."""
+        return dict(merging.flatten(self.config))
+
+    def setting(self, key: str) -> Any:
+        """Value of a dotted key in the config; None if it is missing.
+
+        If the recipe is unchanged, it follows from the recorded differences, because reading many configs takes long.
+        """
+        recipe = _recipe_settings(self.run.present_recipe, self.run.recipe_sha256)
+        if recipe is None or keys.affects(key) == "run":
+            return self.config_values.get(key)
+        changes = {difference.key: difference.run for difference in self.run.differences}
+        return changes.get(key, recipe.get(key))
 
     @cached_property
     def _last_evaluation(self) -> Evaluation | None:
@@ -136,6 +154,17 @@ class RunResult:
         if self.summary.trouble or not self.run.launches:
             return self.summary.trouble or self.run.summary.trouble
         return self.run.launches[-1].error
+
+    @property
+    def jobs(self) -> str | None:
+        """Unfinished jobs of the run, such as `evaluate: queued`."""
+        is_trained = self.run.state == "finished"
+        jobs = []
+        for step, is_done in {"prepare": is_trained, "run": is_trained, "evaluate": self.evaluation}.items():
+            state = None if is_done else backends.job_state(self.folder, step)
+            if state:
+                jobs.append(f"{step}: {state}")
+        return "; ".join(jobs) or None
 
     @property
     def changes(self) -> Config:
@@ -300,6 +329,14 @@ class RunResult:
         Published scores then do not apply.
         """
         return bool(self.other_model) or self.other_data
+
+
+@cache
+def _recipe_settings(file: Path, digest: str) -> Config | None:
+    """Settings of a recipe by dotted key; None if its file is missing or has another hash."""
+    if not file.is_file() or sha256(file) != digest:
+        return None
+    return dict(merging.flatten(read_yaml(file)))
 
 
 def _value(column: Column, evaluation: Evaluation | None) -> float | None:

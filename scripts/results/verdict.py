@@ -147,6 +147,12 @@ def verdict(
     return OFF
 
 
+def of_run(column: Column, result: RunResult) -> str | None:
+    """Verdict on a single run of a study by one metric; None without one."""
+    assert result.study
+    return _metric_row(result.study, column, [result], result.aim.scores.get(column.name)).verdict
+
+
 def rows(
     study: Study, runs: Path, rehearsal: bool, representatives: Mapping[str, Path | None] = MappingProxyType({})
 ) -> list[StudyRow]:

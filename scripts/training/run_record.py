@@ -192,6 +192,13 @@ class Launch(BaseModel):
     error: str | None = None  # why it did not finish, and what to do: the last lines of the message
 
     @property
+    def seconds(self) -> float | None:
+        """Time until its end; None if it has not ended, or was killed."""
+        if self.ended is None:
+            return None
+        return (datetime.fromisoformat(self.ended) - datetime.fromisoformat(self.started)).total_seconds()
+
+    @property
     def lacked_space(self) -> bool:
         """True if the launch ended for lack of memory or disk space."""
         return self.out_of_memory or self.full_disk is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from run_folders import a_gguf_file, a_run, fields
 
+from qlora_recipes.base import tables
 from qlora_recipes.evaluate.score import columns_of
 from qlora_recipes.results import listing
 from qlora_recipes.results.run_result import RunResult
@@ -31,12 +32,13 @@ def test_the_step_says_how_the_training_ended(tmp_path, summary, step):
 @pytest.mark.parametrize(
     ("summary", "losses"),
     [
-        ({"eval_loss_per_token_first": 1.2, "eval_loss_per_token": 1.0, "eval_loss": 0.9}, ["1.20 → 1.00", None]),
-        ({"eval_loss": 0.9}, [None, 0.9]),
+        ({"eval_loss_per_token_first": 1.2, "eval_loss_per_token": 1.0, "eval_loss": 0.9}, [1.0, 1.2, None]),
+        ({"eval_loss": 0.9}, [None, None, 0.9]),
     ],
 )
 def test_the_eval_loss_per_token_goes_before_axolotls(tmp_path, summary, losses):
-    assert cells(tmp_path, Summary(**summary), "eval loss", listing.AXOLOTL_EVAL_LOSS) == losses
+    headings = ("eval loss", listing.FIRST_EVAL_LOSS, listing.AXOLOTL_EVAL_LOSS)
+    assert cells(tmp_path, Summary(**summary), *headings) == losses
 
 
 def cells(runs: Path, summary: Summary, *headings: str) -> list[object]:
@@ -53,6 +55,7 @@ def test_runs_of_no_study_show_the_course_of_the_eval_loss_once(tmp_path, recipe
     assert [heading for heading in re.split("  +", head) if "loss" in heading or "exact" in heading] == [
         "exact match, %",
         "eval loss",
+        listing.FIRST_EVAL_LOSS,
     ]
 
 
@@ -92,3 +95,25 @@ def test_gguf_files_stand_below_their_adapter(tmp_path, recipe):
     assert re.split("  +", adapter)[1:3] == ["adapter", "5.00"]
     assert re.split("  +", file_row)[1:3] == ["m-q4_k_m.gguf (Q4_K - Medium, 4.9 bits)", "4.50"]
     assert re.split("  +", file_row)[-2:] == ["0.772 → 0.773 → 0.821", "0.0560"]
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"),
+    [
+        (80, "published, difference, eval loss at first, step, rows, peak GiB, minutes"),
+        (100, "eval loss at first, step, rows, peak GiB, minutes"),
+        (120, "step, rows, peak GiB, minutes"),
+    ],
+)
+def test_a_terminal_shows_losses_and_scores_first(tmp_path, recipe, monkeypatch, width, left_out):
+    for name, loss in (("20260101-120000-1a2b3c4", 2.499), ("20260101-130000-1a2b3c4", 2.496)):
+        summary = Summary(step=8, max_steps=8, eval_loss_per_token_first=3.0, eval_loss_per_token=loss, peak_memory=2.0)
+        a_run(tmp_path / "runs", LLAMA_2, name, 5.0, summary=summary)
+    monkeypatch.setattr(tables, "_width", lambda: width)
+    lines = recipe.ok("results").stdout.splitlines()
+    assert max(map(len, lines)) <= width
+    head = re.split("  +", lines[1])
+    assert head[:3] == ["run", "recipe", "state"] and "eval loss" in head
+    assert "2.499" in lines[2] and "2.496" in lines[3]
+    listed = " ".join(line.strip() for line in lines[4:])
+    assert listed.strip() == f"columns left out: {left_out}; `| less -S` shows all"
