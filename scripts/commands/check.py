@@ -16,7 +16,6 @@ from .options import Force, Json, Names, Overrides, Profiles
 if TYPE_CHECKING:
     from ..check.check import Report
     from ..config.compose import Request
-    from ..config.gpus import Gpu
 
 commands = typer.Typer(rich_markup_mode=None)
 
@@ -54,6 +53,7 @@ def check_command(
     json: Json = False,
 ) -> None:
     """Find mistakes in a config. Exit code 2 if there is an error."""
+    from .. import api
     from ..config import gpus
     from ..config.compose import Request
     from ..config.finding import unknown_force
@@ -64,7 +64,7 @@ def check_command(
         _show_tokens(requests, show_tokens, json)
         return
     _suggest_migration(names)
-    reports = _checked(requests, target, data, quick)
+    reports = api.reports(requests, target, data, quick)
     unknown_force(force, {finding.name for report in reports for finding in report.findings})
     if json:
         tables.print_json([report.as_json() for report in reports])
@@ -143,28 +143,3 @@ def _skipped(reports: "list[Report]", data: bool, quick: bool) -> str:
     if quick:
         text += ", not validated by Axolotl (--quick)"
     return text
-
-
-def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, quick: bool) -> "list[Report]":
-    """Check each request with a progress bar; return the reports."""
-    from ..check import check
-    from ..config.finding import override_errors
-    from ..plan import plan
-
-    reports = []
-    with Bar("checking", len(requests)) as bar:
-        for request in requests:
-            reports.append(check.check_request(request, gpu, data))
-            bar.update(len(reports))
-    if not quick:
-        with Bar("validating with Axolotl", 1):
-            check.add_validation(reports, gpu)
-    for request, report in zip(requests, reports, strict=True):
-        with Bar(f"tokenizing {report.name}", 1):
-            if data:
-                check.tokenize_all(report, request)
-            elif not quick:
-                check.compare_rows(report, request)
-        plan.add_memory_finding(report, gpu)
-        override_errors(report.findings, request.force)
-    return reports
