@@ -63,7 +63,9 @@ def results_command(
         list[str], _columns_option("--sort", help="Sort runs by these columns; with - in front, descending.")
     ],
     columns: Annotated[list[str], _columns_option("--columns", help="Show these columns of runs.")],
-    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Show only the first N runs.")] = None,
+    limit: Annotated[
+        int, typer.Option(metavar="N", show_default=False, help="Show only the first N runs; default: all.")
+    ] = -1,
     csv: Annotated[bool, typer.Option("--csv", rich_help_panel="Output", help="Print runs as CSV.")] = False,
     export: Annotated[
         str | None,
@@ -77,7 +79,7 @@ def results_command(
 ) -> None:
     """Show losses and scores of runs, a study or a sweep, or compare two runs."""
     refuse_together({"--json": json, "--csv": csv})
-    is_query = bool(where or sort or columns or limit or csv)
+    is_query = bool(where or sort or columns or csv or limit >= 0)
     refuse_together({" ".join(names) or _QUERY: names or is_query, "--export": export})
     refuse_together({_QUERY: is_query, "--metric": metric, "--rehearse": rehearse})
     refuse_without("--metric", metric, "two runs", len(names) == 2)
@@ -85,11 +87,14 @@ def results_command(
     if export:
         _export(export)
     elif is_query:
-        from ..results import query
+        from ..results import listing, query
+        from ..run.rundir import RunDir
 
-        asked = query.Query(where, sort, columns, limit, full=json and not columns)
-        if json:
+        asked = query.Query(where, sort, columns, limit)
+        if json and columns:
             tables.print_json(query.table(names, asked))
+        elif json:
+            listing.show([RunDir(Path(row["run"])) for row in query.table(names, asked)], json)
         else:
             query.show(names, asked, csv)
     elif len(names) == 2 and not any(map(has_magic, names)):

@@ -42,6 +42,17 @@ def show(folders: Sequence[RunDir], json: bool) -> None:
     tables.show(json, records, _tables(results))
 
 
+def _jobs(result: RunResult) -> str | None:
+    """Unfinished jobs of a run, such as `evaluate: queued`."""
+    is_trained = result.run.state == "finished"
+    jobs = []
+    for step, is_done in {"prepare": is_trained, "run": is_trained, "evaluate": result.evaluation}.items():
+        state = None if is_done else backends.job_state(result.folder, step)
+        if state:
+            jobs.append(f"{step}: {state}")
+    return "; ".join(jobs) or None
+
+
 def _study(result: RunResult) -> str | None:
     """Name of a run's study."""
     return result.study.folder.name if result.study else None
@@ -68,16 +79,6 @@ def _gpu(result: RunResult) -> str | None:
     return name if result.run.ranks == 1 else f"{result.run.ranks} x {name}"
 
 
-def _start(result: RunResult) -> str:
-    """Time of the first launch, or of the creation of a run without one."""
-    return result.run.launches[0].started if result.run.launches else result.run.created
-
-
-def _end(result: RunResult) -> str | None:
-    """Time at which the last launch ended; None if it has not, or if it was killed."""
-    return result.run.launches[-1].ended if result.run.launches else None
-
-
 def _duration(result: RunResult) -> float | None:
     """Seconds of all launches that ended, with loading and evaluation; None without one."""
     seconds = [launch.seconds for launch in result.run.launches if launch.seconds is not None]
@@ -93,10 +94,10 @@ FIELDS: dict[str, Callable[[RunResult], Any]] = {
     "state": attrgetter("run.state"),
     "verdict": _verdict,
     "published_adapter": attrgetter("run.published_adapter"),
-    "jobs": attrgetter("jobs"),
+    "jobs": _jobs,
     "seed": _seed,
-    "start": _start,
-    "end": _end,
+    "start": lambda result: result.run.launches[0].started if result.run.launches else None,
+    "end": lambda result: result.run.launches[-1].ended if result.run.launches else None,
     "duration_seconds": _duration,
     "gpu": _gpu,
     "machine": lambda result: result.run.provenance.get("host"),
@@ -206,7 +207,7 @@ def cells(result: RunResult, columns: Mapping[str, Column]) -> Row:
         "run": result.folder.path.name,
         "recipe": run.recipe,
         "state": run.state,
-        "jobs": result.jobs,
+        "jobs": _jobs(result),
     }
     row |= _first_cells(first, scores[first])
     row |= _eval_losses(summary)

@@ -3,11 +3,12 @@
 import re
 import sqlite3
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from csv import DictWriter
 from dataclasses import dataclass, field
-from functools import cached_property
+from glob import has_magic
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from ..base.errors import UserError, did_you_mean
 from ..base.files import Row, read_json
 from ..base.secrets import without_secrets
 from ..base.tables import print_table
-from ..base.terminal import say
+from ..base.terminal import say, say_once
 from ..base.yamlfiles import write_flow
-from ..metrics.metric import METRICS, Column
+from ..metrics.metric import METRICS
 from ..metrics.registry import EVAL_LOSS
 from ..run import backends
 from ..run.rundir import RunDir, all_runs, readable
@@ -28,13 +29,13 @@ from .run_result import RunResult
 _LEADING = ["run", "state", EVAL_LOSS.name]
 _TRAILING = ["changed", "recipe", "seed", "start", "duration_seconds", "peak_memory_gib", "gpu", "rehearsal"]
 _EXAMPLE = """write it as in --where 'state == "finished" and lora_r >= 16'"""
-_WORDS = {
+WORDS = {
     *("and", "or", "not", "in", "is", "null", "like", "glob", "between", "true", "false"),
     *("abs", "coalesce", "length", "lower", "round", "upper"),
 }
 """Operators and functions of --where."""
 _TOKEN = re.compile(
-    r"""(?P<text>'[^']*'|"[^"]*")|(?P<name>[^\W\d]\w*(\.\w+)*)|(?P<other>[\d.]+(e[-+]?\d+)?|[-+*/%<>=!(),\s]|(?P<wrong>.))"""
+    r"""(?P<text>'[^']*'|"[^"]*")|(?P<name>[^\W\d]\w*(\.\w+)*)(?P<call>\s*\()?|[\d.]+(e[-+]?\d+)?|[-+*/%<>=!(),\s]|(?P<wrong>.)"""
 )
 """A word of --where; no other ones reach SQLite."""
 
@@ -46,73 +47,14 @@ class Query:
     Attributes:
         where: condition on columns in SQLite's language, with texts in quotes; empty for all runs.
         sort: columns to sort by, each with `-` in front for descending order.
-        columns: columns to show, in this order; by default the usual ones, metrics, and those that the query names.
-        limit: maximum number of runs; None for all.
-        full: True for all fields of each run, as in JSON, instead of columns.
+        columns: columns to show; by default the usual ones, all metrics, and those that the query names.
+        limit: maximum number of runs; -1 for all.
     """
 
     where: str = ""
     sort: Sequence[str] = ()
     columns: Sequence[str] = ()
-    limit: int | None = None
-    full: bool = False
-
-    @cached_property
-    def condition(self) -> "_Condition":
-        return _Condition.of(self.where)
-
-    @property
-    def sorted_by(self) -> list[str]:
-        """Names of the columns to sort by."""
-        return [name.removeprefix("-") for name in self.sort]
-
-    @property
-    def named(self) -> list[str]:
-        """Columns that the query names."""
-        return list(dict.fromkeys([*self.columns, *self.sorted_by, *self.condition.names]))
-
-    @property
-    def order(self) -> str:
-        """SQL for the order of the runs: rehearsals last, missing values last, and else the oldest first."""
-        terms = ["rehearsal"]
-        for name in self.sort:
-            column = f"s{self.sorted_by.index(name.removeprefix('-'))}"
-            terms += [f"{column} IS NULL", f"{column} {'DESC' if name.startswith('-') else 'ASC'}"]
-        return ", ".join([*terms, "place"])
-
-
-@dataclass(frozen=True)
-class _Condition:
-    """Condition of --where as SQL, in which columns are c0, c1 and so on."""
-
-    sql: str
-    names: list[str]
-
-    @classmethod
-    def of(cls, text: str) -> "_Condition":
-        """Translate a condition. Only columns, values and `_WORDS` can occur in it.
-
-        Raises:
-            UserError: the text has something else.
-        """
-        names: list[str] = []
-        parts = []
-        for token in _TOKEN.finditer(text):
-            word = token[0]
-            if token["wrong"]:
-                raise UserError(f"{word} is unknown here", key=f"--where {text}", remedy=_EXAMPLE)
-            if token["text"]:
-                quoted = word[1:-1].replace("'", "''")
-                parts.append(f"'{quoted}'")
-            elif token["name"] and word.lower() not in _WORDS:
-                if text[token.end() :].lstrip().startswith("("):
-                    remedy = f"there are {', '.join(sorted(_WORDS))}"
-                    raise UserError(f"no function or operator is called {word}", key=f"--where {text}", remedy=remedy)
-                names += [] if word in names else [word]
-                parts.append(f"c{names.index(word)}")
-            else:
-                parts.append(word)
-        return cls("".join(parts) or "1", names)
+    limit: int = -1
 
 
 ALL = Query()
@@ -121,7 +63,7 @@ ALL = Query()
 def table(names: Sequence[str] = (), query: Query = ALL) -> list[Row]:
     """Rows of runs by column: fields of `listing.FIELDS`, metrics, and settings by dotted key.
 
-    Memory grows with the shown rows only, time with the number of runs.
+    Rehearsals come last. Memory grows with the shown rows only.
 
     Args:
         names: runs, recipes, studies, sweeps or patterns; by default, all runs.
@@ -130,152 +72,171 @@ def table(names: Sequence[str] = (), query: Query = ALL) -> list[Row]:
     Raises:
         UserError: a name matches nothing, or the query is malformed or names an unknown column.
     """
-    return [row for _, row in _Selection(query).rows(folders_of(names))]
+    return _Reader(query).rows(folders_of(names))
 
 
 def folders_of(names: Sequence[str]) -> list[RunDir]:
-    """Folders of the runs that names stand for, each once; by default, of all runs.
+    """Folders of the runs that names stand for, oldest first; by default, of all runs.
 
     Raises:
         UserError: a name matches nothing, or several things.
     """
-    if not names:
-        return all_runs(paths.runs())
-    from ..study.sweep import find_runs
-
-    folders: dict[Path, RunDir] = {}
+    folders = [] if names else all_runs(paths.runs())
     for name in names:
-        folders |= {folder.path: folder for folder in find_runs(name)}
-    return [*folders.values()]
+        folders += _matching(name) if has_magic(name) else _named(name)
+    return sorted({folder.path: folder for folder in folders}.values(), key=attrgetter("path.name"))
+
+
+def _matching(pattern: str) -> list[RunDir]:
+    """Runs whose recipe or path below the folder of all runs matches a pattern."""
+    by_path = {folder.path.relative_to(paths.runs()).as_posix(): folder for folder in all_runs(paths.runs())}
+    recipes = paths.matching(pattern, {path.rpartition("/")[0] for path in by_path})
+    selected = paths.matching(pattern, by_path)
+    folders = [folder for path, folder in by_path.items() if path in selected or path.rpartition("/")[0] in recipes]
+    if not folders:
+        raise UserError("no run matches", key=pattern, remedy="`recipe results` lists them")
+    return folders
+
+
+def _named(name: str) -> list[RunDir]:
+    """Runs of a recipe, study or sweep; or a single run."""
+    from ..study.sweep import Sweep, find_run_sweep_or_study, runs_of_sweep
+
+    thing = find_run_sweep_or_study(name)
+    if isinstance(thing, Sweep):
+        return runs_of_sweep(thing)
+    if not isinstance(thing, RunDir):
+        study = thing.folder.name
+        return [folder for folder, run in readable(all_runs(paths.runs())) if paths.study_name(run.origin) == study]
+    recipe, run = thing.path.parent, thing.path.name
+    if f"/{recipe}".endswith(f"/{name}"):
+        return all_runs(recipe)
+    is_one = name == "latest" or name in run or run in name
+    return [thing] if is_one else all_runs(recipe)
 
 
 @dataclass
-class _Selection:
-    """Runs that a query selects, read one after the other.
+class _Reader:
+    """Reads runs one after the other, and keeps the selected ones.
 
     Attributes:
-        metrics: metrics of the runs, in the order in which they occur.
-        last: the last run, whose settings are suggested.
-        unknown: columns that the query names, and that no run has had so far.
+        seen: columns for which a run has had a value.
+        metrics: metrics of the selected runs.
     """
 
     query: Query
-    metrics: dict[str, Column] = field(default_factory=dict)
-    last: RunResult | None = None
-    unknown: set[str] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    result: RunResult | None = None
 
-    def __post_init__(self) -> None:
-        self.unknown |= {*self.query.named} - listing.FIELDS.keys()
-
-    def rows(self, folders: Sequence[RunDir]) -> list[tuple[bool, Row]]:
-        """Rows of the selected runs, in order, each with whether it is a rehearsal; see `table`."""
-        rows: dict[int, Row] = {}
+    def rows(self, folders: Sequence[RunDir]) -> list[Row]:
+        """Rows of the selected runs, in order; see `table`."""
+        rows: list[Row] = []
+        sort = self.query.sort
+        sorted_by = [name.removeprefix("-") for name in sort]
+        condition, compared = _condition(self.query.where)
+        selection = f"SELECT ?, value('rehearsal') {', value(?)' * len(sort)} WHERE {condition}"
+        terms = [f"{place} {'DESC' if name[:1] == '-' else 'ASC'} NULLS LAST" for place, name in enumerate(sort, 3)]
         with closing(sqlite3.connect(":memory:")) as database:
-            condition, insertion = _statements(database, self.query)
-            for place, (folder, run) in enumerate(readable(folders, backends.read)):
-                try:
-                    self.last = result = RunResult(folder, run)
-                    if database.execute(condition, self._stored(result, self.query.condition.names)).fetchone():
-                        order = self._stored(result, self.query.sorted_by)
-                        database.execute(insertion, [place, run.rehearsal, *order])
-                        rows[place] = self._row(result)
-                except UserError as error:
-                    say(str(error))
-            self._refuse_unknown()
-            limit = -1 if self.query.limit is None else self.query.limit
-            places = database.execute(f"SELECT rehearsal, place FROM runs ORDER BY {self.query.order} LIMIT ?", [limit])
-            ordered = [(bool(rehearsal), rows[place]) for rehearsal, place in places]
-        if self.query.full:
-            return ordered
-        columns = self.query.columns or [*_LEADING, *self.metrics, *self.query.named, *_TRAILING]
-        return [(rehearsal, {name: row.get(name) for name in columns}) for rehearsal, row in ordered]
+            database.create_function("value", 1, self._stored)
+            try:
+                database.execute(f"CREATE TABLE runs AS {selection} LIMIT 0", [0, *sorted_by])
+            except sqlite3.Error:
+                raise UserError("malformed", key=f"--where {self.query.where}", remedy=_EXAMPLE) from None
+            for folder, run in readable(folders, backends.read):
+                self.result = RunResult(folder, run)
+                if database.execute(f"INSERT INTO runs {selection}", [len(rows), *sorted_by]).rowcount:
+                    rows.append(self._row([*sorted_by, *compared]))
+            ordered = f"SELECT * FROM runs ORDER BY {', '.join(['2', *terms, '1'])} LIMIT {self.query.limit}"
+            places = [place for place, *_ in database.execute(ordered)]
+        self._refuse_unknown([*self.query.columns, *sorted_by, *compared])
+        names = self.query.columns or dict.fromkeys([*_LEADING, *self.metrics, *sorted_by, *compared, *_TRAILING])
+        return [{name: rows[place].get(name) for name in names} for place in places]
 
-    def _stored(self, result: RunResult, names: Sequence[str]) -> list[Any]:
-        """Values of columns as SQLite compares them."""
-        return [_stored(self._value(result, name)) for name in names]
-
-    def _row(self, result: RunResult) -> Row:
-        """Columns of a run that are shown."""
-        if self.query.full:
-            return listing.record(result)
+    def _row(self, named: Sequence[str]) -> Row:
+        """Shown columns of the present run."""
         names = self.query.columns
-        if not names:
-            self.metrics |= result.columns
-            names = [*_LEADING, *result.columns, *self.query.named, *_TRAILING]
-        return {name: without_secrets(self._value(result, name), name) for name in names}
+        if not names and self.result:
+            self.metrics |= self.result.columns
+            names = [*_LEADING, *self.result.columns, *named, *_TRAILING]
+        return {name: without_secrets(self._value(name), name) for name in names}
 
-    def _value(self, result: RunResult, name: str) -> Any:
-        """Value of a column; None if the run has none."""
-        if name in result.columns:
-            self.unknown.discard(name)
-            return result.scores[name].value
-        if name in listing.FIELDS:
-            return listing.FIELDS[name](result)
-        value = result.setting(name)
+    def _value(self, name: str) -> Any:
+        """Value of a column in the present run; None if it has none."""
+        result = self.result
+        if result is None:
+            return None
+        try:
+            if name in result.columns:
+                value = result.scores[name].value
+            elif name in listing.FIELDS:
+                value = listing.FIELDS[name](result)
+            else:
+                value = result.setting(name)
+        except UserError as error:
+            say_once(str(error))
+            return None
         if value is not None:
-            self.unknown.discard(name)
+            self.seen.add(name)
         return value
 
-    def _refuse_unknown(self) -> None:
-        """Raise UserError if no run has a column that the query names, unless it is a metric or a key of Axolotl's."""
-        if not self.unknown:
+    def _stored(self, name: str) -> Any:
+        """Value of a column as SQLite compares it: a list is YAML on one line."""
+        value = self._value(name)
+        if isinstance(value, int) and value.bit_length() > 63:
+            return float(value)
+        return write_flow(value) if isinstance(value, list | dict) else value
+
+    def _refuse_unknown(self, names: Iterable[str]) -> None:
+        """Raise UserError for a name that is neither a field, nor a metric, nor a setting."""
+        unknown = {*names} - self.seen - listing.FIELDS.keys()
+        if not unknown:
             return
         keys = read_json(paths.RECIPES / "axolotl.schema.json")["properties"]
-        known = {*listing.FIELDS, *METRICS, *keys, *self.metrics}
-        if self.last:
-            known |= self.last.config_values.keys()
-        for name in sorted(self.unknown - known):
+        known = {*listing.FIELDS, *METRICS, *keys, *self.seen}
+        if self.result:
+            known |= self.result.columns.keys() | self.result.config_values.keys()
+        for name in sorted(unknown - known):
             hint = did_you_mean(name, known) or "; columns are fields, metrics, and settings by dotted key"
             raise UserError(f"no run has a column of that name{hint}", key=name)
 
 
-def _statements(database: sqlite3.Connection, query: Query) -> tuple[str, str]:
-    """Create the table of runs; return the statements that test a run and insert it.
+def _condition(text: str) -> tuple[str, list[str]]:
+    """Translate --where to SQL, with the names of its columns. It can contain only columns, values and `WORDS`.
 
     Raises:
-        UserError: the condition is malformed.
+        UserError: the text has something else.
     """
-    given = [f"? AS c{number}" for number, _ in enumerate(query.condition.names)]
-    condition = f"SELECT 1 FROM (SELECT {', '.join(['1', *given])}) WHERE {query.condition.sql}"
-    try:
-        database.execute(condition, [None] * len(given))
-    except sqlite3.Error as error:
-        raise UserError(str(error), key=f"--where {query.where}", remedy=_EXAMPLE) from None
-    columns = ["place", "rehearsal", *(f"s{number}" for number, _ in enumerate(query.sort))]
-    database.execute(f"CREATE TABLE runs ({', '.join(columns)})")
-    return condition, f"INSERT INTO runs VALUES ({', '.join('?' for _ in columns)})"
-
-
-def _stored(value: Any) -> Any:
-    """Value as SQLite compares it: a number, a text or None; a list is YAML on one line."""
-    if isinstance(value, int) and value.bit_length() > 63:
-        return float(value)
-    if value is None or isinstance(value, int | float | str):
-        return value
-    return write_flow(value)
+    parts, names = [], []
+    for token in _TOKEN.finditer(text):
+        part = token[0]
+        name = token["name"]
+        if token["wrong"]:
+            raise UserError(f"{part} is unknown here", key=f"--where {text}", remedy=_EXAMPLE)
+        if token["text"]:
+            quoted = part[1:-1].replace("'", "''")
+            part = f"'{quoted}'"
+        elif name and name.lower() not in WORDS:
+            if token["call"]:
+                remedy = f"there are {', '.join(sorted(WORDS))}"
+                raise UserError(f"no function or operator is called {name}", key=f"--where {text}", remedy=remedy)
+            names.append(name)
+            part = f"value('{name}')"
+        parts.append(part)
+    return "".join(parts) or "1", names
 
 
 def show(names: Sequence[str], query: Query, csv: bool) -> None:
-    """Print the selected runs as a table, with another one for rehearsals, or as CSV."""
-    rows = _Selection(query).rows(folders_of(names))
+    """Print the selected runs as a table or as CSV."""
+    rows = [listing.texts(row) for row in table(names, query)]
     if csv:
-        print_csv([row for _, row in rows], query.columns)
+        writer = DictWriter(sys.stdout, [*rows[0]] if rows else query.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
         return
-    kinds = {"Runs": [row for rehearsal, row in rows if not rehearsal]}
-    kinds[listing.REHEARSALS] = [row for rehearsal, row in rows if rehearsal]
-    for title, kind in kinds.items():
-        cells = [listing.texts(row) for row in kind]
-        for row in cells:
-            row.pop("rehearsal", None)
-            if "run" in row:
-                row["run"] = Path(row["run"]).name
-        print_table(cells, title, keep=[*query.named, EVAL_LOSS.name])
+    for row in rows:
+        if "run" in row:
+            row["run"] = Path(row["run"]).name
+    print_table(rows, keep=[*query.columns, EVAL_LOSS.name])
     if not rows:
         say("no run meets the condition")
-
-
-def print_csv(rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """Print rows as CSV on stdout; without rows, only the names of columns."""
-    writer = DictWriter(sys.stdout, [*rows[0]] if rows else columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(map(listing.texts, rows))

@@ -19,7 +19,6 @@ from ..evaluate.score import by_declared_model, columns_of
 from ..evaluate.scores_file import Evaluation, read_scores
 from ..evaluate.settings import BASE
 from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord, is_of_trainer
-from ..run import backends
 from ..run.rundir import RunDir
 from ..training.run_record import Run, Summary
 from .score_records import PROFILES
@@ -154,17 +153,6 @@ class RunResult:
         if self.summary.trouble or not self.run.launches:
             return self.summary.trouble or self.run.summary.trouble
         return self.run.launches[-1].error
-
-    @property
-    def jobs(self) -> str | None:
-        """Unfinished jobs of the run, such as `evaluate: queued`."""
-        is_trained = self.run.state == "finished"
-        jobs = []
-        for step, is_done in {"prepare": is_trained, "run": is_trained, "evaluate": self.evaluation}.items():
-            state = None if is_done else backends.job_state(self.folder, step)
-            if state:
-                jobs.append(f"{step}: {state}")
-        return "; ".join(jobs) or None
 
     @property
     def changes(self) -> Config:

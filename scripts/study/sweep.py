@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from glob import has_magic
 from pathlib import Path
 from typing import Any, Self
 
@@ -369,6 +368,12 @@ def cancel(sweep: Sweep) -> list[str]:
     return backends.cancel(runs_of_sweep(sweep), [sweep.lock(paths.runs())])
 
 
+def runs_of_sweep(sweep: Sweep) -> list[RunDir]:
+    """Runs of a sweep's trials, oldest first."""
+    digests = {trial.digest for trial in sweep.trials}
+    return [folder for folder, run in readable(all_runs(paths.runs() / sweep.recipe)) if run.digest in digests]
+
+
 def default_columns(recipe: str) -> dict[str, Column]:
     """Metrics of a recipe or variant, see `columns_of`."""
     file = file_of(recipe)
@@ -385,81 +390,27 @@ def file_of(recipe: str) -> Path | None:
 def find_run_sweep_or_study(name: str) -> RunDir | Sweep | Study:
     """Find a run, sweep or study by its folder, `latest`, or a part of its name.
 
-    Raises:
-        UserError: no name or several names match, see `_Things.full_name`.
-    """
-    if name == "latest" or is_run(Path(name)):
-        return find_run(name, paths.runs())
-    things = _Things()
-    full_name = things.full_name(name)
-    if full_name in things.studies:
-        return studies.load(things.studies[full_name])
-    return things.sweeps.get(full_name) or find_run(full_name, paths.runs())
-
-
-def find_runs(name: str) -> list[RunDir]:
-    """Runs of a recipe, study or sweep, or that match a pattern, oldest first; or the one run of that name.
-
-    A pattern selects recipes. If it matches none, it selects runs.
+    `recipe cancel` must not stop the wrong run. So a name that several things share is refused, and so is part of the
+    name of a sweep that was also rehearsed.
 
     Raises:
-        UserError: nothing matches, or several things match.
+        UserError: no name or several names match.
     """
+    runs = paths.runs()
     if name == "latest" or is_run(Path(name)):
-        return [find_run(name, paths.runs())]
-    things = _Things()
-    folders = {path: run for path, run in things.runs.items() if run.path == paths.runs() / path}
-    if has_magic(name):
-        selected = paths.matching(name, things.recipes) or paths.matching(name, folders)
-        if not selected:
-            raise UserError("no recipe with runs, and no run, matches", key=name, remedy="`recipe results` lists them")
-        return [run for path, run in folders.items() if path in selected or path.rpartition("/")[0] in selected]
-    full_name = things.full_name(name)
-    if full_name in things.sweeps:
-        return runs_of_sweep(things.sweeps[full_name])
-    if full_name in things.studies:
-        return [run for run, record in readable([*folders.values()]) if paths.study_name(record.origin) == full_name]
-    return [run for path, run in folders.items() if full_name in (path, path.rpartition("/")[0])]
-
-
-def runs_of_sweep(sweep: Sweep) -> list[RunDir]:
-    """Runs of a sweep's trials, oldest first."""
-    digests = {trial.digest for trial in sweep.trials}
-    return [folder for folder, run in readable(all_runs(paths.runs() / sweep.recipe)) if run.digest in digests]
-
-
-class _Things:
-    """Runs, sweeps and studies by name."""
-
-    def __init__(self) -> None:
-        self.runs = run_names(paths.runs())
-        self.sweeps = recorded_sweeps()
-        self.studies = {folder.name: folder for folder in paths.studies()}
-
-    @property
-    def recipes(self) -> list[str]:
-        """Recipes with runs."""
-        return [name for name, run in self.runs.items() if run.path.parent == paths.runs() / name]
-
-    def full_name(self, name: str) -> str:
-        """Full name of a run, sweep or study.
-
-        `recipe cancel` must not stop the wrong run. So a name that several things share is refused, and so is part of
-        the name of a sweep that was also rehearsed.
-
-        Raises:
-            UserError: no name or several names match.
-        """
-        names = [*self.runs, *self.sweeps, *self.studies]
-        full_name = _full_name(
-            name, names, f" below {paths.runs()}/; there are {', '.join([*self.studies, *self.sweeps])}"
-        )
-        if names.count(full_name) > 1:
-            raise _ambiguous(name, "a run, a sweep or a study")
-        rehearsal = f"{full_name}/rehearsal"
-        if name != full_name and rehearsal in self.sweeps:
-            raise _ambiguous(name, f"{full_name} or {rehearsal}")
-        return full_name
+        return find_run(name, runs)
+    sweeps = recorded_sweeps()
+    study_folders = {folder.name: folder for folder in paths.studies()}
+    names = [*run_names(runs), *sweeps, *study_folders]
+    full_name = _full_name(name, names, f" below {runs}/; there are {', '.join([*study_folders, *sweeps])}")
+    if names.count(full_name) > 1:
+        raise _ambiguous(name, "a run, a sweep or a study")
+    rehearsal = f"{full_name}/rehearsal"
+    if name != full_name and rehearsal in sweeps:
+        raise _ambiguous(name, f"{full_name} or {rehearsal}")
+    if full_name in study_folders:
+        return studies.load(study_folders[full_name])
+    return sweeps[full_name] if full_name in sweeps else find_run(full_name, runs)
 
 
 def _full_name(name: str, names: list[str], hint: str) -> str:

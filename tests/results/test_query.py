@@ -16,7 +16,7 @@ from qlora_recipes.training.run_record import Summary
 
 LLAMA, CODE, START = "haider2024/llama-2-7b", "haider2024/code-llama-7b", "start/lora"
 
-WORDS = f"there are {', '.join(sorted(query._WORDS))}"
+WORDS = f"there are {', '.join(sorted(query.WORDS))}"
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +44,7 @@ def selected(*names: str, **asked: object) -> list[str]:
         ([], "1234"),
         ([LLAMA], "12"),
         (["llama-2-7b"], "12"),
+        (["code-llama"], "3"),
         (["haider2024"], "123"),
         (["ranks"], "2"),
         (["*llama*"], "123"),
@@ -101,7 +102,7 @@ def test_missing_values_and_rehearsals_come_last(asked, expected):
             "did you mean datasets.0.path or datasets.0.type or datasets?",
         ),
         (["--where", "sate == 'x'"], "sate: no run has a column of that name; did you mean state or step or steps?"),
-        (["--where", "state =="], f"--where state ==: incomplete input; {query._EXAMPLE}"),
+        (["--where", "state =="], f"--where state ==: malformed; {query._EXAMPLE}"),
         (["--where", "state; drop"], f"--where state; drop: ; is unknown here; {query._EXAMPLE}"),
         (["--where", "[readfile]('x')"], f"--where [readfile]('x'): [ is unknown here; {query._EXAMPLE}"),
         (
@@ -112,7 +113,7 @@ def test_missing_values_and_rehearsals_come_last(asked, expected):
             ["--where", "1) union select (1"],
             "--where 1) union select (1: no function or operator is called select; " + WORDS,
         ),
-        (["x*"], "x*: no recipe with runs, and no run, matches; `recipe results` lists them"),
+        (["x*"], "x*: no run matches; `recipe results` lists them"),
         (["--json", "--csv"], "--json and --csv: give only one of them"),
     ],
 )
