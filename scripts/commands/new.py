@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..base.errors import UserError
 from ..base.terminal import say
+from ..config.merging import Override
 from .help import RecipeCommand, suggest
 from .options import Overrides, columns_by_field, complete_recipes, full_name, refuse_without
 
@@ -18,6 +20,7 @@ commands = typer.Typer(rich_markup_mode=None)
     epilog="recipe new mine --data mine.csv\nrecipe new wide --from llama-3.2-3b --set lora_r=64",
 )
 def new_command(
+    context: typer.Context,
     *,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the variant, saved as variants/NAME.yaml.")],
     from_: Annotated[
@@ -25,9 +28,9 @@ def new_command(
         typer.Option(
             "--from",
             metavar="BASE",
-            callback=full_name,
             autocompletion=complete_recipes,
-            help="Start from a recipe, Axolotl config of any release, or model card.",
+            help="Start from a recipe, Axolotl config of any release, or model card; or from a trial: SWEEP/TRIAL, "
+            "SWEEP/best.",
         ),
     ] = "start/qlora",
     axolotl: Annotated[
@@ -64,7 +67,8 @@ def new_command(
     refuse_without("--fields", fields, "--data", data)
     refuse_without("--type", type_, "--data", data)
     rows = RowsRequest(data, fields or {}, type_) if data else None
-    variant = new.create(new.VariantRequest(name, from_, axolotl, model, rows, set_))
+    base, settings = _base(context, from_)
+    variant = new.create(new.VariantRequest(name, base, axolotl, model, rows, [*settings, *set_]))
     print(variant.file)
     migrate.report(variant.migration)
     for note in variant.notes:
@@ -72,3 +76,16 @@ def new_command(
     if not model and "base_model" in [override.key for override in set_]:
         say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
     suggest("check", name, *Request(name, variant.migration.profiles).options)
+
+
+def _base(context: typer.Context, name: str) -> tuple[str, list[Override]]:
+    """Recipe or file to start from, and the settings of a trial."""
+    try:
+        return full_name(context, name), []
+    except UserError:
+        from ..results import sweep_results
+
+        trial = sweep_results.find_trial(name)
+        if trial is None:
+            raise
+        return trial

@@ -66,6 +66,9 @@ def results_command(
     limit: Annotated[
         int, typer.Option(metavar="N", show_default=False, help="Show only the first N runs; default: all.")
     ] = -1,
+    by: Annotated[
+        str, typer.Option(metavar="METRIC", help="For a sweep: metric of the best trial; default: the eval loss.")
+    ] = "",
     csv: Annotated[bool, typer.Option("--csv", rich_help_panel="Output", help="Print runs as CSV.")] = False,
     export: Annotated[
         str | None,
@@ -83,6 +86,7 @@ def results_command(
     refuse_together({" ".join(names) or _QUERY: names or is_query, "--export": export})
     refuse_together({_QUERY: is_query, "--metric": metric, "--rehearse": rehearse})
     refuse_without("--metric", metric, "two runs", len(names) == 2)
+    refuse_without("--by", by, "a sweep", len(names) == 1 and not is_query)
     refuse_without("--rehearse", rehearse, "a study", len(names) == 1)
     if export:
         _export(export)
@@ -103,7 +107,7 @@ def results_command(
         pair = (names[0], names[1])
         study_tables.show_comparison(compare.comparison(pair, paths.runs(), metric), pair, json)
     elif len(names) == 1 and not has_magic(names[0]):
-        _show_one(names[0], rehearse, json)
+        _show_one(names[0], rehearse, by, json)
     elif names or json or any(paths.run_folders(paths.runs())):
         from ..results import listing, query
 
@@ -133,7 +137,7 @@ def _export(name: str) -> None:
     report_problems(problems)
 
 
-def _show_one(name: str, rehearse: bool, json: bool) -> None:
+def _show_one(name: str, rehearse: bool, by: str, json: bool) -> None:
     from ..data.studies import Study
     from ..results import listing, query, study_tables, sweep_results, verdict
     from ..run import backends
@@ -142,6 +146,7 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
     thing = find_run_sweep_or_study(name)
     suggested = ["report", name]
     refuse_without("--rehearse", rehearse, "a study", isinstance(thing, Study))
+    refuse_without("--by", by, "a sweep", isinstance(thing, Sweep))
     if isinstance(thing, Study):
         rows = verdict.rows(thing, paths.runs(), rehearse)
         sweeps = [sweep for sweep in recorded_sweeps().values() if sweep.rehearsal == rehearse]
@@ -150,7 +155,9 @@ def _show_one(name: str, rehearse: bool, json: bool) -> None:
         if not json:
             sweep_results.show_best(best)
     elif isinstance(thing, Sweep):
-        sweep_results.show(thing, json)
+        has_best = sweep_results.show(thing, json, by or sweep_results.LOSS)
+        if has_best and not thing.rehearsal and not by:
+            suggested = ["new", "best", "--from", f"{thing.label}/best"]
     else:
         folders = query.folders_of([name])
         listing.show(folders, json)

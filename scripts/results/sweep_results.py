@@ -4,21 +4,23 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from operator import attrgetter
+from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
 
 from ..base import paths, tables
+from ..base.errors import UserError, did_you_mean, meant
 from ..base.files import Row
 from ..base.tables import Table
 from ..base.yamlfiles import on_one_line
+from ..config.merging import Override
 from ..data.studies import Study
 from ..evaluate import evaluation_rows
 from ..evaluate.scores_file import about_rows
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..study.pipeline import existing_runs
-from ..study.sweep import Sweep, Trial, default_columns
+from ..study.sweep import Sweep, Trial, default_columns, recorded_sweeps
 from ..training.run_record import Summary
 from . import repeats
 from .listing import REHEARSALS
@@ -26,6 +28,11 @@ from .repeats import MeanScore
 from .run_result import RunResult
 
 LOSS = registry.EVAL_LOSS.name
+_LEGEND = {
+    "front": f"front: on the Pareto front over peak memory and {LOSS}",
+    "planned GiB": "Planned memory is that of the recipe on a GPU, also in a rehearsal, whose measured memory is the "
+    "CPU's.",
+}
 
 
 Costs = tuple[float, float]  # peak memory in GiB, and eval loss
@@ -49,6 +56,12 @@ class SweepRow:
     columns: dict[str, Column]
     compared_loss: float | None = None
     pareto: bool = False
+
+    @property
+    def headline(self) -> Column:
+        """First metric of the tables; the eval loss, which has a column of its own, only without another one."""
+        columns = [*self.columns.values()]
+        return next((column for column in columns if column.name != LOSS), columns[0])
 
     @cached_property
     def finished(self) -> list[RunResult]:
@@ -120,6 +133,12 @@ class SweepRow:
         if self.peak_memory_gib is None or self.compared_loss is None:
             return None
         return self.peak_memory_gib, self.compared_loss
+
+    def comparable(self, by: str) -> float | None:
+        """Score that ranks the trial by a metric; None if it is missing, or an eval loss on test rows."""
+        if by == LOSS:
+            return self.compared_loss if self.validated else None
+        return self.scores[by].value
 
     @property
     def other_tokens(self) -> str | None:
@@ -215,22 +234,79 @@ def record(row: SweepRow) -> Row:
     return fields
 
 
-def show(sweep: Sweep, json: bool) -> None:
-    """Print the rows of a sweep."""
+def show(sweep: Sweep, json: bool, by: str = LOSS) -> bool:
+    """Print the rows of a sweep, and the best one by a metric; return True if there is one.
+
+    Raises:
+        UserError: the sweep has no metric of this name.
+    """
     table = rows(sweep, paths.runs())
-    tables.show(json, map(record, table), [table_of(sweep, table)], notes(table))
+    best = ranking(table, by)[:2]
+    records = [record(row) | {"best": row in best[:1]} for row in table]
+    tables.show(json, records, [table_of(sweep, table)], [*notes(table), *_about_best(best, by)])
+    return bool(best)
+
+
+def ranking(rows: Sequence[SweepRow], by: str = LOSS) -> list[SweepRow]:
+    """Rows with a score by a metric, the best first.
+
+    Eval losses rank trials only if they cover the same tokens, of rows that are not the test rows.
+
+    Raises:
+        UserError: the sweep has no metric of this name.
+    """
+    columns = rows[0].columns
+    if by != LOSS and by not in columns:
+        raise UserError(f"no metric of the sweep{did_you_mean(by, columns)}", key=f"--by {by}")
+    known = [row for row in rows if row.comparable(by) is not None]
+    reverse = by != LOSS and columns[by].metric.higher_is_better
+    return sorted(known, key=methodcaller("comparable", by), reverse=reverse)
+
+
+def _about_best(best: Sequence[SweepRow], by: str) -> Iterator[str]:
+    """Note on the best of several trials: its distance from the next one, and how sure it is."""
+    if len(best) < 2:
+        return
+    score, following = (row.comparable(by) or 0.0 for row in best)
+    interval = best[0].scores[by].interval
+    note = f"best by {by}: {best[0].trial.name}, {score:.5g}; next: {best[1].trial.name}, {following:.5g}"
+    if interval is None:
+        yield f"{note}. There is no interval, so the difference can be chance; `recipe sweep --seeds 3` gives one."
+    else:
+        place = "inside" if interval.low <= following <= interval.high else "outside"
+        yield f"{note}, which is {place} the best one's 95 % interval, {interval.low:.5g} to {interval.high:.5g}."
+    if by != LOSS:
+        yield "The best of several scores on test rows is too high; select by eval loss."
+
+
+def find_trial(name: str) -> tuple[str, list[Override]] | None:
+    """Recipe and settings of a trial that is named SWEEP/TRIAL, or SWEEP/best; None without a sweep of that name.
+
+    Raises:
+        UserError: several sweeps match, or the sweep has no such trial, or no best one.
+    """
+    label, _, trial_name = name.rpartition("/")
+    sweeps = recorded_sweeps()
+    if not any(f"/{label}/" in f"/{other}/" for other in sweeps):
+        return None
+    sweep = sweeps[meant(label, sweeps, "sweep")]
+    trials = {trial.name: trial for trial in sweep.trials}
+    if trial_name == "best":
+        best = ranking(rows(sweep, paths.runs()))
+        if not best:
+            raise UserError("no trial is the best by eval loss", key=name, remedy="name one: SWEEP/TRIAL")
+        trial = best[0].trial
+    else:
+        trial = trials[meant(trial_name, trials, f"trial of {sweep.label}")]
+    return sweep.recipe, [Override(key, value) for key, value in trial.settings.items()]
 
 
 def notes(rows: Sequence[SweepRow]) -> Iterator[str]:
     """Notes below the table."""
-    if any(row.pareto for row in rows):
-        yield f"front: on the Pareto front over peak memory and {LOSS}"
     if any(row.other_tokens for row in rows):
         yield "Trials with other or unknown tokens are not comparable, so there is neither a front nor a best trial."
     if any(len(row.losses) > 1 for row in rows):
         yield "Held-out rows differ by seed; trials are compared seed by seed."
-    if any(row.trial.planned_gib is not None for row in rows):
-        yield "Planned memory is that of the recipe on a GPU, also in a rehearsal, whose measured memory is the CPU's."
 
 
 def table_of(sweep: Sweep, rows: Sequence[SweepRow]) -> Table:
@@ -239,12 +315,16 @@ def table_of(sweep: Sweep, rows: Sequence[SweepRow]) -> Table:
     if sweep.rehearsal:
         title += f". {REHEARSALS}"
     keys = [key for key in sweep.keys if not all(f"{key}=" in trial.name for trial in sweep.trials)]
-    return Table([_cells(row, keys) for row in rows], title, below=["scored"])
+    table = [_cells(row, keys) for row in rows]
+    legend = {name: text for name, text in _LEGEND.items() if any(cells[name] is not None for cells in table)}
+    keep = ["eval loss", rows[0].headline.label, *keys, "front"]
+    return Table(table, title, below=["scored"], keep=keep, legend=legend)
 
 
 def _cells(row: SweepRow, keys: Sequence[str]) -> Row:
     """Table cells of a row: varying values, scores, the first score's interval, and costs."""
-    first, *further = row.columns.values()
+    first = row.headline
+    further = [column for column in row.columns.values() if column.name not in (LOSS, first.name)]
     trial, score = row.trial, row.scores[first.name]
     front = "*" if row.pareto else None
     scored = about_rows(row.runs[0].evaluation) if row.runs else None
@@ -255,7 +335,10 @@ def _cells(row: SweepRow, keys: Sequence[str]) -> Row:
         "state": row.state,
         "eval loss": row.scores[LOSS].value,
         "tokens": row.other_tokens,
-        first.label: score.value,
+    }
+    if first.name != LOSS:
+        cells[first.label] = score.value
+    cells |= {
         "published": row.published.get(first.name),
         "planned GiB": trial.planned_gib,
         "measured GiB": row.peak_memory_gib,
@@ -308,9 +391,8 @@ def _best_row(sweep: Sweep, rows: Sequence[SweepRow]) -> BestRow | None:
     finished = [*itertools.chain.from_iterable(row.finished for row in rows)]
     if not finished or any(result.is_of_something_else for result in finished):
         return None
-    selectable = [row for row in rows if row.compared_loss is not None and row.validated]
-    best = min(selectable, key=attrgetter("compared_loss"), default=None)
-    return BestRow(sweep, len(finished), best)
+    best = ranking(rows)
+    return BestRow(sweep, len(finished), best[0] if best else None)
 
 
 def best_record(row: BestRow) -> Row:

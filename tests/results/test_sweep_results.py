@@ -160,19 +160,17 @@ def test_trials_with_other_tokens_have_neither_front_nor_best(tmp_path, recipe):
     assert recipe("results", "haider2024").stdout.splitlines()[-1] == without_best(f"ranks/{BASE}")
 
 
-FRONT = "front: on the Pareto front over peak memory and eval_loss"
 OTHER_TOKENS = "Trials with other or unknown tokens are not comparable, so there is neither a front nor a best trial."
 BY_SEED = "Held-out rows differ by seed; trials are compared seed by seed."
-PLANNED = "Planned memory is that of the recipe on a GPU, also in a rehearsal, whose measured memory is the CPU's."
 
 
 @pytest.mark.parametrize(
     ("tokens", "planned", "notes"),
     [
-        pytest.param("aaaa", None, [FRONT], id="same tokens"),
+        pytest.param("aaaa", None, [], id="same tokens"),
         pytest.param("aabb", None, [OTHER_TOKENS], id="other tokens"),
-        pytest.param("abab", None, [FRONT, BY_SEED], id="other tokens by seed"),
-        pytest.param("aaaa", 7.0, [FRONT, PLANNED], id="planned memory"),
+        pytest.param("abab", None, [BY_SEED], id="other tokens by seed"),
+        pytest.param("aaaa", 7.0, [], id="planned memory"),
     ],
 )
 def test_notes_on_a_sweep(tmp_path, tokens, planned, notes):
@@ -182,6 +180,48 @@ def test_notes_on_a_sweep(tmp_path, tokens, planned, notes):
     score_tokens(tmp_path, dict(zip(["low-0", "low-1", "high-0", "high-1"], tokens, strict=True)))
     shown = sweep_results.notes(sweep_results.rows(sweep, tmp_path))
     assert [*shown] == notes
+
+
+CHANCE = "There is no interval, so the difference can be chance; `recipe sweep --seeds 3` gives one."
+ON_TEST_ROWS = "The best of several scores on test rows is too high; select by eval loss."
+
+
+@pytest.mark.parametrize(
+    ("words", "notes"),
+    [
+        ([], [f"best by eval_loss: high, 1.1; next: low, 1.2. {CHANCE}"]),
+        (
+            ["--by", "bleu4"],
+            [
+                "best by bleu4: bad, 9; next: high, 5.5, which is outside the best one's 95 % interval, 8.9 to 9.1.",
+                ON_TEST_ROWS,
+            ],
+        ),
+    ],
+)
+def test_a_sweep_says_its_best_trial_and_how_sure_that_is(tmp_path, recipe, words, notes):
+    sweep = a_sweep(tmp_path / "runs", {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "bad": [(9.0, 1.3, 7.5)]})
+    sweep.write(tmp_path / "runs")
+    done = recipe.ok("results", "ranks", *words)
+    assert done.stdout.splitlines()[-len(notes) :] == notes
+    assert [row["trial"] for row in recipe.json("results", "ranks") if row["best"]] == ["high"]
+    wrong = recipe.fails("results", "ranks", "--by", "blue4").stderr
+    assert wrong == "recipe: --by blue4: no metric of the sweep; did you mean bleu4?\n"
+
+
+def test_a_variant_starts_from_a_trial(tmp_path, recipe):
+    sweep = a_sweep(tmp_path / "runs", {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
+    sweep.write(tmp_path / "runs")
+    said = recipe.ok("results", "ranks").stderr
+    assert said == f"next: recipe new best --from ranks/{BASE}/best\n"
+    recipe.ok(*said.split()[2:])
+    assert recipe.json("diff", "best") == [{"key": "lora_r", BASE: 32, "best": 16}]
+    recipe.ok("new", "narrow", "--from", "ranks/low", "--set", "lora_alpha=4")
+    changes = [{"key": "lora_r", BASE: 32, "narrow": 8}, {"key": "lora_alpha", BASE: 16, "narrow": 4}]
+    assert recipe.json("diff", "narrow") == changes
+    assert recipe.fails("new", "x", "--from", "ranks/lo w").stderr == (
+        f"recipe: lo w: no trial of ranks/{BASE} of that name; did you mean low?\n"
+    )
 
 
 def test_trials_are_compared_seed_by_seed_if_the_seed_holds_out_the_rows(tmp_path):

@@ -205,12 +205,13 @@ def sweep_page(sweep: Sweep, runs: Path) -> Page:
     if not results:
         raise UserError("no trial has a run yet", key=sweep.name, remedy="start them with `recipe sweep`")
     about = f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}."
+    table = sweep_results.table_of(sweep, rows)
     section = Section(
         key="sweep",
         name="Trade-offs",
         about=about,
-        tables=[_without_empty(sweep_results.table_of(sweep, rows))],
-        notes=[*sweep_results.notes(rows)],
+        tables=[_without_empty(table)],
+        notes=[*table.legend.values(), *sweep_results.notes(rows)],
         figures=_drawn([sweep_figure(rows)]),
     )
     return Page(sweep.name, f"Sweep of {sweep.recipe}", labelled(results, names), section)
