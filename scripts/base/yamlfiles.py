@@ -222,6 +222,18 @@ def card_release(file: Path) -> str:
     return (block and block["release"]) or ""
 
 
+_CARDS_FIGURE = re.compile(r"(?am)^- (Loss|total_train_batch_size|num_devices): ([\d.]{1,12}|nan)$")
+
+
+def card_figures(file: Path) -> dict[str, str]:
+    """Loss, rows per step and number of devices that transformers writes into a model card; empty for other files.
+
+    Raises:
+        UserError: see `read_text`.
+    """
+    return dict(_CARDS_FIGURE.findall(read_text(file))) if file.suffix == ".md" else {}
+
+
 def read_yaml(file: Path, loader: type[yaml.CSafeLoader] = _Loader) -> Config:
     """The mapping in a YAML file, or in a model card.
 

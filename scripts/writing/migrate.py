@@ -27,6 +27,7 @@ from ..config.datafiles import DatasetRef
 from ..config.merging import Override, Source
 from ..config.numerics import attention
 from ..config.origin import header_of
+from ..config.training_settings import TrainingSettings
 
 TABLES = paths.TEMPLATES / "old-axolotl.yaml"
 _NO_SIGN = "no key of an older release"
@@ -200,6 +201,14 @@ class Migration:
         if 0 < micro <= batch:
             reason = "Axolotl no longer divides batch_size by micro_batch_size"
             self.replace(KeyChange("batch_size", batch, "gradient_accumulation_steps", batch // micro, reason))
+
+    def accumulate_devices(self) -> None:
+        """Keep the number of rows per step of a model card's devices."""
+        devices = yamlfiles.card_figures(self.old.file).get("num_devices", "1")
+        if devices.isdecimal() and devices != "1":
+            steps = int(devices) * TrainingSettings.of(self.config).gradient_accumulation_steps
+            reason = f"the card's {devices} devices; `--gpus {devices}` divides it among as many"
+            self.set("gradient_accumulation_steps", steps, reason)
 
     def _number(self, key: str) -> int:
         """Whole number at a key; 0 for other values, which the check reports."""
@@ -457,6 +466,7 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
     migration.pack()
     migration.separate_packs()
     migration.accumulate()
+    migration.accumulate_devices()
     migration.use_profile()
     migration.update_fsdp()
     migration.replace_keys()

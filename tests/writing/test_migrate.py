@@ -495,21 +495,46 @@ def test_a_card_becomes_a_study_with_its_last_eval_loss(place, recipe):
 
 @pytest.mark.parametrize(
     ("loss", "step"),
-    [("1.5}, other/run: {scores: {eval_loss: 3", "48"), ("1e999", "48"), ("1" * 400, "48"), ("0x10", "48"),
-     ("1.2124", "48}")],
+    [("nan", "48"), ("1.5}, other/run: {scores: {eval_loss: 3", "48"), ("1e999", "48"), ("1" * 400, "48"),
+     ("0x10", "48"), ("1.2124", "48}")],
 )  # fmt: skip
-def test_a_card_adds_no_keys_to_its_study(place, recipe, loss, step):
+def test_a_card_without_a_final_number_is_refused(place, recipe, loss, step):
     write_rows(place)
-    row = f"| 1.2 | 4.0 | {step} | {loss} |\n"
-    name = "a: [b, 'c' # {{ 7*7 }}.md"
-    (place / name).write_text(
-        CARD.replace("\n- PEFT", f"\n- PEFT\n{row}").replace("1.2124          |\n", f"1.2124 |\n{row}")
+    card = CARD.replace("1.2124          |\n", f"1.2124 |\n| 1.2 | 4.0 | {step} | {loss} |\n")
+    (place / "README.md").write_text(card)
+    assert recipe.fails("study", "new", "theirs", "--from", "README.md").stderr == (
+        f"recipe: README.md: no number to reproduce: the last Validation Loss is {loss:.20}, at step {step}; "
+        "`recipe new NAME --from CARD` takes its config alone\n"
     )
+    assert not (place / "recipes").exists()
+
+
+def test_a_card_s_name_adds_no_keys_to_its_study(place, recipe):
+    write_rows(place)
+    name = "a: [b, 'c' # {{ 7*7 }}.md"
+    (place / name).write_text(CARD.replace("\n- PEFT", "\n- PEFT\n| 1.2 | 4.0 | 48 | 3.0 |\n"))
     recipe.ok("study", "new", "theirs", "--from", name)
     study = yamlfiles.read_yaml(place / "recipes/theirs/study.yaml")
     assert study["published"] == {"theirs/as-published": {"scores": {"eval_loss": 1.2124}}}
     assert study["title"] == f"The run of the model card {name}"
     assert recipe.ok("study", "check", "theirs").stderr.splitlines()[1] == "theirs: errors: 0, warnings: 0"
+
+
+def on_devices(devices: int, rows: int) -> str:
+    figures = f"- Loss: 1.2124\n\n- num_devices: {devices}\n- total_train_batch_size: {rows}\n"
+    return CARD.replace("\n- PEFT", f"\n{figures}\n- PEFT")
+
+
+@pytest.mark.parametrize("file", ["recipes/mine/as-published", "variants/mine"])
+def test_the_devices_of_a_card_become_accumulation(place, recipe, file):
+    write_rows(place)
+    words = ["study", "new"] if file.startswith("recipes") else ["new"]
+    (place / "README.md").write_text(on_devices(8, 64))
+    recipe.ok(*words, "mine", "--from", "README.md")
+    assert yamlfiles.read_yaml(place / f"{file}.yaml")["gradient_accumulation_steps"] == 32
+    assert yamlfiles.sources(place / f"{file}.yaml")["gradient_accumulation_steps"] == (
+        "variant, was 4; the card's 8 devices; `--gpus 8` divides it among as many"
+    )
 
 
 def test_the_check_of_an_old_file_names_the_command_that_migrates_it(place, recipe):
@@ -612,12 +637,26 @@ def test_what_the_user_has_to_decide_is_refused_with_its_line(place, recipe, fil
             "no-data.md: datasets: no data set; add it to the card's config",
             id="card-without-data",
         ),
+        pytest.param(
+            ["study", "new", "theirs", "--from", "steps.md"],
+            "steps.md: total_train_batch_size is 64, but config and num_devices give 16; find out which is right, and "
+            "correct the other in the card",
+            id="other-rows-per-step",
+        ),
+        pytest.param(
+            ["study", "new", "theirs", "--from", "loss.md"],
+            "loss.md: Loss is 1.4903, but the table ends with 1.2124; find out which is right, and correct the other "
+            "in the card",
+            id="other-loss",
+        ),
     ],
 )
 def test_a_wrong_request_is_refused(place, recipe, arguments, message):
     (place / "bare.md").write_text(CARD.partition("| Training")[0])
     no_data = CARD.replace("datasets:\n  - path: rows.jsonl\n    type: alpaca\n", "")
     (place / "no-data.md").write_text(no_data)
+    (place / "steps.md").write_text(on_devices(2, 64))
+    (place / "loss.md").write_text(on_devices(8, 64).replace("Loss: 1.2124", "Loss: 1.4903"))
     assert recipe.fails(*arguments).stderr == f"recipe: {message}\n"
     assert not (place / "recipes").exists()
 
