@@ -15,7 +15,7 @@ from ..base.processes import package_version
 from ..base.yamlfiles import Config
 from ..config import compose, datafiles, models, substitution
 from ..config.compose import Composed, Request
-from ..config.finding import LEVELS, NO_BATCH, Finding, override_errors, refuse, remaining_errors
+from ..config.finding import LEAKED, LEVELS, NO_BATCH, Finding, override_errors, refuse, remaining_errors
 from ..config.gpus import Gpu
 from ..config.training_settings import TrainingSettings
 from ..data import studies
@@ -283,7 +283,8 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1) -> None:
         from . import token_lengths
 
         findings, measured = token_lengths.lengths(composed.config, None, gpus)
-    report.add(placed(findings, composed))
+    compared = {finding.name for finding in report.findings if finding.rule == LEAKED}
+    report.add(placed((finding for finding in findings if finding.name not in compared), composed))
     by_key = {measures["key"]: measures for measures in measured}
     for size in report.data:
         size.update(by_key.get(size["key"], {}))
@@ -291,7 +292,7 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1) -> None:
 
 SAMPLE = 200
 """Number of rows per data set that a check compares with their tokens."""
-_VERSION = 1
+_VERSION = 2
 """Version of the cached findings about them; raise it when the comparison changes."""
 
 

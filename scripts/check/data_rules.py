@@ -85,7 +85,7 @@ def _file_problems(key: str, entry: Config) -> Problems:
 
 @rule()
 def trained_test_rows(case: Case) -> Problems:
-    """A model that has learned its test rows scores too well; only rows in JSONL files are compared one by one."""
+    """A model that has learned its test rows scores too well; rows are compared only where they are on this machine."""
     for test in datafiles.test_sets(case.config):
         for trained in datafiles.training_sets(case.config):
             parts = {split for split in (test.split, trained.split) if "[" in split}

@@ -16,7 +16,7 @@ from ..base.files import Row, json_rows, parse_json
 from ..base.yamlfiles import Config
 from ..config import datafiles, models
 from ..config.datafiles import DatasetRef
-from ..config.finding import Faults, FaultyRows, Finding, Level
+from ..config.finding import LEAKED, Faults, FaultyRows, Finding, Level
 from ..training.row_types import RowMistake, RowType, Segments, row_type
 
 
@@ -56,7 +56,7 @@ def _leaked_rows(test: str, entry: Config, seen: dict[int, str]) -> list[Finding
     (file,) = reader.files
     file.key = ""
     reader.read(file)
-    return [finding for finding in file.findings() if finding.rule == "leaked-row"]
+    return [finding for finding in file.findings() if finding.rule == LEAKED]
 
 
 def readable(kind: RowType, line: bytes) -> Row | None:
@@ -100,6 +100,7 @@ class Wording(NamedTuple):
         return Finding(self.level, self.rule or rule, key, problem, self.remedy, *rows.place)
 
 
+LEAKED_ROWS = Wording("warning", "{n} also in the training data: scores mean little", "drop them from it")
 _WORDING = {
     "bad-row": Wording("error", "{n}: {about}", "correct or drop these rows"),
     "other-fields": Wording(
@@ -115,7 +116,7 @@ _WORDING = {
     "misspelt-field": Wording("warning", "{n}: {about}", ""),
     "special-token": Wording("warning", "{n} with the text {about}, which the tokenizer reads as a special token", ""),
     "repeated-row": Wording("warning", "{n}: repeated", "`dataset_exact_deduplication: true` drops them"),
-    "leaked-row": Wording("warning", "{n} also in the training data: scores mean little", "drop them from it"),
+    LEAKED: LEAKED_ROWS,
 }
 
 
@@ -151,7 +152,7 @@ class _File:
             if rule == "lacks-system" and not self.has_system:
                 continue
             finding = _WORDING[rule].finding(self.key, fault, rows)
-            finding.problem += _example(rule, rows)
+            finding.problem += example(rule, rows)
             if rule == "other-fields" and rows.count == self.rows:  # the type is wrong, not the rows
                 finding.remedy = _type_remedy(self.other_fields)
             yield finding
@@ -164,12 +165,12 @@ def _type_remedy(fields: Sequence[str]) -> str:
     return f"set {yamlfiles.write_flow(entry)[1:-1]} to read them"
 
 
-def _example(fault: str, rows: FaultyRows) -> str:
+def example(fault: str, rows: FaultyRows) -> str:
     """Example of a mistake, in parentheses; for copies of rows, the originals."""
-    example = rows.first[0][2]
-    if fault in ("repeated-row", "leaked-row") and rows.count > 1:
-        example = ", ".join(f"{line} = {original}" for _, line, original in rows.first)
-    return f" ({example})" if example else ""
+    text = rows.first[0][2]
+    if fault in ("repeated-row", LEAKED) and rows.count > 1:
+        text = ", ".join(f"{line} = {original}" for _, line, original in rows.first)
+    return f" ({text})" if text else ""
 
 
 class _Reader:
@@ -250,8 +251,10 @@ class _Reader:
             return
         if self.special and (match := self.special.search(text)):
             file.count(RowMistake("special-token", match[0]), number)
+        if not datafiles.has_all_lines(self.dataset.entry):
+            return  # Axolotl takes a part of the rows
         if original := self.seen.get(hash(text)):
-            rule = "repeated-row" if self.dataset.is_training else "leaked-row"
+            rule = "repeated-row" if self.dataset.is_training else LEAKED
             file.count(RowMistake(rule), number, original)
         if self.dataset.is_training:
             self.seen.setdefault(hash(text), f"{file.path}:{number}")

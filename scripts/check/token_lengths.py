@@ -12,14 +12,14 @@ from ..base.terminal import Bar
 from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..config.datafiles import DatasetRef
-from ..config.finding import NO_BATCH, Faults, Finding
+from ..config.finding import LEAKED, NO_BATCH, Faults, Finding
 from ..config.training_settings import TrainingSettings
 from ..data.raw_rows import parquet_batches
 from ..training.losses import MASKED
 from ..training.row_types import row_type
-from ..training.tokens import Tokenizer, Tokens, count_packed, padding, unknown_roles
+from ..training.tokens import Tokenizer, Tokens, count_packed, padding, stride, unknown_roles
 from .rendered_rows import RenderedRows
-from .rows import Place, Wording, lines_of, readable
+from .rows import LEAKED_ROWS, Place, Wording, example, lines_of, readable
 
 _MOST_REFUSED = 20  # rows of a data set that Axolotl cannot tokenize; finding each takes ten calls or more
 
@@ -32,6 +32,7 @@ _WORDING = {
         "{n} without tokens to train on (empty answer, or wrong role)",
         "correct or drop these rows",
     ),
+    LEAKED: LEAKED_ROWS,
 }
 
 
@@ -87,12 +88,12 @@ def lengths(content: Config, sample: int | None = None, gpus: int = 1) -> tuple[
     tokenizer = Tokenizer(content)
     findings: list[Finding] = []
     measured = []
+    trained: dict[int, Place] = {}
     for dataset in datafiles.datasets(content):
         total = datafiles.count_jsonl(dataset.entry)
-        tokenized = _TokenizedSet(tokenizer, dataset)
-        step = max(1, total // sample) if sample else 1
+        tokenized = _TokenizedSet(tokenizer, dataset, trained)
         with Bar(f"tokenize {dataset.key}", sample or total) as bar:
-            for batch in batched(islice(_numbered(tokenizer, dataset, step), sample), 1000):
+            for batch in batched(_numbered(tokenizer, dataset, sample), 1000):
                 tokenized.add(batch)
                 if tokenized.is_given_up:
                     break
@@ -116,6 +117,7 @@ class _TokenizedSet:
     Args:
         tokenizer: the config's tokenizer.
         dataset: the data set.
+        trained: the place of each training row, by the hash of its tokens; rows of training data are added.
 
     Attributes:
         rows: number of rows that Axolotl has tokenized.
@@ -124,9 +126,10 @@ class _TokenizedSet:
         refused: number of rows that Axolotl cannot tokenize.
     """
 
-    def __init__(self, tokenizer: Tokenizer, dataset: DatasetRef):
+    def __init__(self, tokenizer: Tokenizer, dataset: DatasetRef, trained: dict[int, Place]):
         self.tokenizer = tokenizer
         self.dataset = dataset
+        self.trained = trained
         self.kind = tokenizer.entry(dataset)["type"]
         self.rendered = RenderedRows(tokenizer, dataset)
         self.rows = 0
@@ -177,8 +180,17 @@ class _TokenizedSet:
             for (place, _), tokens in zip(rows, tokenized, strict=True):
                 if not tokens.learnt:
                     self.faults.note("nothing-learnt", "", *place)
+                self._compare_sets(place, tokens)
         if self.kind == "chat_template":
             self._check_roles(rows)
+
+    def _compare_sets(self, place: Place, tokens: Tokens) -> None:
+        """Find evaluation rows with the tokens of a training row."""
+        key = hash(tuple(tokens.ids))
+        if self.dataset.is_training:
+            self.trained.setdefault(key, place)
+        elif original := self.trained.get(key):
+            self.faults.note(LEAKED, "", *place, "{}:{}".format(*original))
 
     def _check_roles(self, rows: Sequence[tuple[Place, Row]]) -> None:
         for place, row in rows:
@@ -226,6 +238,8 @@ class _TokenizedSet:
         key = self.dataset.key
         for fault, rows in self.faults.items():
             finding = _WORDING[fault[0]].finding(f"{key}.path", fault, rows)
+            if finding.rule == LEAKED:
+                finding.problem += example(LEAKED, rows)
             if finding.rule == "nothing-learnt" and rows.count == self.rows:
                 finding.level = "error"
             yield finding
@@ -271,22 +285,23 @@ class _TokenizedSet:
         yield Finding("error", NO_BATCH, "micro_batch_size", problem, remedy, rule_scope="data")
 
 
-def _numbered(tokenizer: Tokenizer, dataset: DatasetRef, step: int = 1) -> Iterator[tuple[Place, Row]]:
-    """Rows of a data set's local files, each with file and line; for formats other than JSONL, with the row's number.
+def _numbered(tokenizer: Tokenizer, dataset: DatasetRef, sample: int | None = None) -> Iterator[tuple[Place, Row]]:
+    """Rows of a data set's local files, each with file and line, or with its number among the rows that Axolotl loads.
 
-    Rows beyond the data set's split are left out, and JSONL rows that Axolotl cannot read. Axolotl loads the
-    other formats. Missing files have no rows."""
+    Axolotl loads formats other than JSONL, and parts of files. JSONL rows that it cannot read are left out. Missing
+    files have no rows. With a sample, at most so many rows are drawn over all of them."""
     files = datafiles.jsonl_files(dataset.entry)
     present = datafiles.present_files(dataset.entry)
-    if not files and present:
+    if present and not (files and datafiles.has_all_lines(dataset.entry)):
         for file in present:
             if file.suffix == ".parquet":
                 deque(parquet_batches(file), maxlen=0)  # Axolotl would expand it without a bound
-        for number, row in enumerate(tokenizer.load(dataset), start=1):
+        for number, row in tokenizer.load(dataset, sample):
             yield (dataset.path, number), row
         return
     lines = chain.from_iterable(map(lines_of, files))
     kind = row_type(dataset.entry)
+    step = stride(datafiles.count_jsonl(dataset.entry), sample)
     for place, line in islice(lines, 0, datafiles.first_rows(dataset.entry), step):
         row = readable(kind, line)
         if row is not None:

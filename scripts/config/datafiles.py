@@ -174,11 +174,16 @@ def jsonl(entry: Config, folder: Path = Path()) -> Path | None:
     file = Path(folder, str(entry.get("path")))
     if file.suffix != ".jsonl" or not file.is_file():
         return None
-    if any(entry.get(key) for key in ("shards", "weight", "preprocess_shards", "name", "ds_type")):
+    if any(entry.get(key) for key in ("weight", "preprocess_shards", "name", "ds_type")):
         return None
-    if entry.get("split") not in (None, "train") and first_rows(entry) is None:
-        return None
-    return file
+    return file if has_all_lines(entry) else None
+
+
+def has_all_lines(entry: Config) -> bool:
+    """True if a data set has all lines of its files, or the first ones; otherwise only Axolotl knows which."""
+    if entry.get("shards") or (Path(str(entry.get("path"))).is_dir() and not entry.get("data_files")):
+        return False
+    return entry.get("split") in (None, "train") or first_rows(entry) is not None
 
 
 def missing_files(dataset: Config) -> list[Path]:

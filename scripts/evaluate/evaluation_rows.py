@@ -309,7 +309,7 @@ def _load(source: RowSource, rows_file: Path, run: Run, cfg: Config) -> None:
             pairs = tokenizer.held_out()
         else:
             for dataset in source.datasets:
-                pairs += [(dataset, row) for row in tokenizer.load(dataset)]
+                pairs += [(dataset, row) for _, row in tokenizer.load(dataset)]
     lines = [{"dataset": dataset.key, "row": row} for dataset, row in pairs]
     # default=str for dates and bytes, which JSON lacks; such fields hold no training text
     write_rows(rows_file, orjson.loads(orjson.dumps(lines, default=str)))

@@ -150,6 +150,7 @@ class RunPlugin(BasePlugin):
         if isinstance(trainer.model, PeftModel) and learns_tokens:
             facts = model_facts.facts(cfg, trainer.model, trainer.processing_class, self.rows)
             model_facts.add_differences(self.findings, facts)
+        signals.compare_sets(self.findings, trainer.train_dataset, trainer.eval_dataset)
         judge = signals.Signals(self.findings, vocabulary)
         return [RunCallback(file, trainer, self.parallelism, self.parameters, judge)]
 

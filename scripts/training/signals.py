@@ -4,11 +4,17 @@ import logging
 import math
 import os
 import re
+from collections.abc import Iterator
 from statistics import fmean, variance
+from typing import Any
 
-from ..config.finding import FIRST_LOSS, SIGNALS, Finding
+from datasets import Dataset
+
+from ..config.finding import FIRST_LOSS, LEAKED, SIGNALS, Finding
 from . import losses
 from .run_record import FORCED, STOP_AT, TrainingFinding
+
+_DROP_LEAKED = "drop them from the evaluation data; for val_set_size, set dataset_exact_deduplication: true"
 
 
 class Findings(dict[str, TrainingFinding]):
@@ -24,6 +30,23 @@ class Findings(dict[str, TrainingFinding]):
         """True if a finding stops the training, see `STOP_AT`."""
         rules, forced = (os.environ.get(name, "").split(",") for name in (STOP_AT, FORCED))
         return any(finding["rule"] in rules and name not in forced for name, finding in self.items())
+
+
+def compare_sets(findings: Findings, trained: Any, evaluated: Any) -> None:
+    """Find evaluation rows with the tokens of a training row, after Axolotl has loaded, divided and cut them all."""
+    rows = [*_row_tokens(evaluated)]
+    shared = set(rows).intersection(_row_tokens(trained)) if rows else set()
+    if shared:
+        problem = f"{sum(row in shared for row in rows)} evaluation rows are trained on: the eval loss means little"
+        findings.add(LEAKED, "datasets", problem, _DROP_LEAKED)
+
+
+def _row_tokens(rows: Any) -> Iterator[int]:
+    """Hash of the tokens of each row of a data set; none for preference pairs, and for rows that are streamed."""
+    if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
+        for batch in rows.select_columns("input_ids").with_format("numpy").iter(1000):
+            for ids in batch["input_ids"]:
+                yield hash(ids.astype("int64").tobytes())
 
 
 class Warnings(logging.Handler):

@@ -173,10 +173,11 @@ class Tokenizer:
         """Axolotl's strategy for the chats of a data set."""
         return load_strategy("chat_template", self.tokenizer, self.cfg, self.entry(dataset))
 
-    def load(self, dataset: DatasetRef) -> Iterator[Row]:
-        """Load rows of a data set as Axolotl does, applying split, shards and weight.
+    def load(self, dataset: DatasetRef, sample: int | None = None) -> Iterator[tuple[int, Row]]:
+        """Load rows of a data set as Axolotl does, applying split, shards and weight; yield each with its number.
 
-        This calls Axolotl's code (axolotl/utils/data/sft.py) and skips tokenization.
+        With a sample, at most so many rows are drawn over all of them. This calls Axolotl's code
+        (axolotl/utils/data/sft.py) and skips tokenization.
 
         Raises:
             UserError: Axolotl cannot load the rows.
@@ -194,7 +195,12 @@ class Tokenizer:
         except Exception as error:  # files, the network and the hub can raise any exception
             problem = f"cannot load the rows: {with_type(error)}"
             raise UserError(f"{entry['path']}: {problem}", key=dataset.key) from None
-        return chain(*parts)
+        step = stride(sum(map(len, parts)), sample)
+        first = 1
+        for part in parts:
+            drawn = range(0, len(part), step)
+            yield from zip((first + index for index in drawn), part.select(drawn), strict=True)
+            first += len(part)
 
     def held_out(self) -> list[tuple[DatasetRef, Row]]:
         """Rows that val_set_size holds out, in Axolotl's order, each with its data set.
@@ -213,7 +219,8 @@ class Tokenizer:
         by_position = {}
         with Bar("finding held-out rows"):
             for dataset in datafiles.training_sets(self.cfg):
-                for rows in batched(self.load(dataset), 1000):
+                for numbered in batched(self.load(dataset), 1000):
+                    rows = [row for _, row in numbered]
                     tokenized = tokenize(
                         dataset.key, self.cfg, dataset.entry, self.tokenizer, rows, self.cfg.sequence_len
                     )
@@ -240,6 +247,11 @@ class Tokenizer:
         except Exception as error:  # files, templates and tokenizers can raise any exception
             problem = f"Axolotl cannot prepare the rows: {with_type(error)}"
             raise UserError(problem, key="datasets", remedy="run `recipe check NAME --all-rows`") from None
+
+
+def stride(rows: int, sample: int | None) -> int:
+    """Distance of rows to read so that at most a sample is drawn over all rows; 1 without a sample."""
+    return max(1, math.ceil(rows / sample)) if sample else 1
 
 
 def trained_on(content: Config) -> tuple[list[int], float]:

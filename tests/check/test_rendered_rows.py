@@ -6,9 +6,11 @@ from typing import Any
 
 import chat_models
 import pytest
+from datasets import Dataset
 
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.check import token_lengths
+from qlora_recipes.check.rows import check_rows
 from qlora_recipes.config.finding import Finding
 
 Row = dict[str, Any]
@@ -225,9 +227,54 @@ def test_a_template_that_takes_no_prompt_without_a_question(place):
     assert findings_of(model, [greeting, *CHATS], {}, {}) == []
 
 
-def test_rows_are_drawn_over_the_file(place, models):
-    rows = [chat("Is it?", "Yes.") for _ in range(400)]
+def write(name: str, rows: list[Row]) -> Row:
+    """A data set in a new file."""
+    table = Dataset.from_list(rows)
+    match Path(name).suffix:
+        case ".jsonl":
+            write_rows(Path(name), rows)
+        case ".json":
+            Path(name).write_text(json.dumps(rows))
+        case ".parquet":
+            table.to_parquet(name)
+        case ".csv":
+            table.to_csv(name)
+    return {"path": name, "type": "chat_template" if "messages" in rows[0] else "alpaca"}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "data.json", "data.parquet"])
+def test_rows_are_drawn_over_the_file(place, models, name):
+    rows = [chat("Is it?", "Yes.") for _ in range(399)]
     rows[350] = chat("Is it?", "WRONG", weight=0)
-    (error, _) = findings_of(models["llama3"], rows, {}, {})
-    assert (error.rule, error.line) == ("ignored-mask", 351)
-    assert json.loads(Path("rows.jsonl").read_text().splitlines()[error.line - 1]) == rows[350]
+    (error, _) = findings_of(models["llama3"], rows, {}, write(name, rows))
+    assert (error.rule, error.where, error.line) == ("ignored-mask", name, 351)
+
+
+QUESTIONS = [{"instruction": f"Double {number}.", "input": "", "output": f"It is {2 * number}."} for number in range(6)]
+
+
+@pytest.mark.parametrize("training", ["rows.jsonl", "train.csv"])
+@pytest.mark.parametrize("test", ["test.jsonl", "test.json", "test.parquet", "test.csv"])
+def test_evaluation_rows_are_compared_with_training_rows_of_any_format(place, models, training, test):
+    trained = write(training, QUESTIONS[:4])
+    settings = {"test_datasets": [write(test, [QUESTIONS[5], QUESTIONS[2]]) | {"split": "train"}]}
+    (warning,) = findings_of(models["llama3"], QUESTIONS[:4], settings, trained)
+    assert str(warning) == (
+        f"{test}:2: warning: test_datasets.0.path: 1 row also in the training data: scores mean little ({training}:3); "
+        "drop them from it [leaked-row:test_datasets.0.path]"
+    )
+
+
+def test_parts_of_a_file_are_compared_as_axolotl_takes_them(place, models):
+    entry = write("rows.jsonl", QUESTIONS)
+    settings = {"test_datasets": [entry | {"split": "train[4:]"}]}
+    parts = [
+        findings_of(models["llama3"], QUESTIONS, settings, entry | {"split": part})
+        for part in ("train[:4]", "train[:5]")
+    ]
+    assert [list(map(str, findings)) for findings in parts] == [
+        [],
+        ["rows.jsonl:1: warning: test_datasets.0.path: 1 row also in the training data: scores mean little "
+         "(rows.jsonl:5); drop them from it [leaked-row:test_datasets.0.path]"],
+    ]  # fmt: skip
+    assert check_rows({"datasets": [entry | {"split": "train[:4]"}], **settings})[0] == []

@@ -94,7 +94,7 @@ def expected_loss(base: yamlfiles.Config) -> float:
     from qlora_recipes.training.tokens import Tokenizer
 
     tokenizer, [dataset] = Tokenizer(base), datafiles.test_sets(base)
-    tokenized = tokenizer.tokenize(dataset, list(tokenizer.load(dataset)))
+    tokenized = tokenizer.tokenize(dataset, [row for _, row in tokenizer.load(dataset)])
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(base["base_model"], quantization_config=nf4, dtype=torch.float32)

@@ -3,9 +3,10 @@
 import logging
 
 import pytest
+from datasets import Dataset
 
 from qlora_recipes.training.run_record import FORCED, STOP_AT
-from qlora_recipes.training.signals import Findings, Signals, Warnings
+from qlora_recipes.training.signals import Findings, Signals, Warnings, compare_sets
 
 FALLING = [3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.3]
 
@@ -46,6 +47,22 @@ def test_warnings_that_matter_are_found(caplog, logger, text, name):
     logging.getLogger(logger).warning(text)
     logging.getLogger(logger).removeHandler(handler)
     assert {key: finding["problem"] for key, finding in findings.items()} == ({name: text} if name else {})
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "problems"),
+    [
+        (None, []),
+        (Dataset.from_dict({"prompt": ["a"]}), []),
+        (Dataset.from_dict({"input_ids": [[1, 2], [3]]}), []),
+        (Dataset.from_dict({"input_ids": [[1, 2, 3], [3], [4, 5]]}),
+         ["2 evaluation rows are trained on: the eval loss means little"]),
+    ],
+)  # fmt: skip
+def test_evaluation_rows_that_are_trained_on_are_found(evaluated, problems):
+    findings = Findings()
+    compare_sets(findings, Dataset.from_dict({"input_ids": [[4, 5], [1, 2, 3]]}), evaluated)
+    assert [finding["problem"] for finding in findings.values()] == problems
 
 
 def test_only_findings_of_the_launcher_stop_a_training(monkeypatch):
