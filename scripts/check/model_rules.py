@@ -126,7 +126,7 @@ def unknown_model(case: Case) -> Problems:
     if name and not models.is_path(name) and case.model == models.Model():
         problem = f"{name} is not on this machine: its layers, context and special tokens are not checked"
         remedy = f"to check them, run `hf download {shlex.quote(name)} --include config.json --include 'tokenizer*'`"
-        yield "note", "base_model", f"{models.similar(name)} {problem}".lstrip("; "), remedy
+        yield "note", "base_model", problem, remedy
 
 
 @rule()

@@ -118,7 +118,7 @@ def architecture(config: Config, download: bool = True) -> Config:
     except Exception as error:  # raised by the hub, by the network, or for an invalid name
         if is_complete:
             return listed
-        problem = f"the config.json of {name} is not available: {first_line(error)}{similar(name)}"
+        problem = f"the config.json of {name} is not available: {first_line(error)}"
         raise UserError(problem, key="base_model") from None
     return _read_architecture(file)
 

@@ -175,8 +175,6 @@ def for_model(base: str, name: str) -> Changes:
     unknown = ", ".join(facts.unknown)
     if unknown:
         other.header.append(f"# Not known {unknown}")
-        if hint := models.similar(name):
-            other.notes.append(f"{name}: not in models.yaml{hint}")
         other.notes.append(f"not known about {name}: {unknown}{_fetch_hint(name, facts, folder)}")
     for key, template in foreign.items():
         other.notes.append(f"{key} stays {template}: check that it suits the model")

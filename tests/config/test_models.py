@@ -3,7 +3,6 @@ from pathlib import Path
 import orjson
 import pytest
 
-from qlora_recipes.base.errors import UserError
 from qlora_recipes.config import models
 
 NAME = "meta-llama/Llama-2-7b-hf"
@@ -120,12 +119,3 @@ def test_modules_that_a_merge_loses_are_named(architecture, trained, lost):
         "peft_ensure_weight_tying": trained.get("ties"),
     }
     assert models.lost_in_merge(config, architecture) == lost
-
-
-def test_a_misspelt_model_is_suggested_to_a_plan():
-    with pytest.raises(UserError) as refused:
-        models.architecture({"base_model": "Qwen/Qwen2.5-Codr-7B"}, download=False)
-    assert str(refused.value) == (
-        "base_model: the config.json of Qwen/Qwen2.5-Codr-7B is not available: not on this machine; did you mean "
-        "Qwen/Qwen2.5-Coder-7B or Qwen/Qwen2.5-Coder-3B or Qwen/Qwen2.5-Coder-32B?"
-    )
