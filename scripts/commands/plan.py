@@ -134,6 +134,7 @@ def _memory(planned: "Plan") -> Iterator[tuple[str, float]]:
     yield from sorted(memory.parts.items(), key=lambda part: -part[1])
     yield "allocated at the peak", memory.allocated
     yield "reserved but unused", memory.reserved - memory.allocated
+    yield "more in evaluation", max(memory.evaluation - memory.reserved, 0)
     yield "CUDA context", memory.context
     yield "needed", memory.needed
     yield "paged optimizer state, not included", memory.paged

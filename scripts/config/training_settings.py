@@ -16,7 +16,8 @@ class TrainingSettings:
         micro_batch_size: rows per micro batch on one device.
         gradient_accumulation_steps: micro batches per optimizer step.
         max_steps: number of optimizer steps, in place of `num_epochs`; 0 if not set.
-        sequence_len: maximum number of tokens per row.
+        eval_batch_size: rows per batch of an evaluation on one device.
+        sequence_len, eval_sequence_len: maximum number of tokens per row in training and in test_datasets.
         val_set_size: rows held out of the training data: their number, or up to 1 their share.
         adapter: qlora, lora, another adapter, or None for full fine-tuning.
         rank, dropout: of LoRA.
@@ -25,10 +26,12 @@ class TrainingSettings:
     """
 
     micro_batch_size: int
+    eval_batch_size: int
     gradient_accumulation_steps: int
     num_epochs: float
     max_steps: int
     sequence_len: int
+    eval_sequence_len: int
     sample_packing: bool
     val_set_size: float
     seed: int
@@ -42,12 +45,16 @@ class TrainingSettings:
     @classmethod
     def of(cls, config: Config) -> "TrainingSettings":
         """Read the settings from a config. Each default is that of Axolotl 0.21, in the file of the comment."""
+        micro_batch_size = _count(config, "micro_batch_size", 1)  # axolotl/utils/schemas/training.py
+        sequence_len = _count(config, "sequence_len", 512)  # schemas/config.py
         return cls(
-            micro_batch_size=_count(config, "micro_batch_size", 1),  # axolotl/utils/schemas/training.py
+            micro_batch_size=micro_batch_size,
+            eval_batch_size=_count(config, "eval_batch_size", micro_batch_size),  # axolotl/utils/config
             gradient_accumulation_steps=_count(config, "gradient_accumulation_steps", 1),  # schemas/training.py
             num_epochs=_number(config, "num_epochs", 1),  # schemas/training.py
             max_steps=_count(config, "max_steps", 0),  # schemas/config.py
-            sequence_len=_count(config, "sequence_len", 512),  # schemas/config.py
+            sequence_len=sequence_len,
+            eval_sequence_len=_count(config, "eval_sequence_len", sequence_len),  # axolotl/utils/data/sft.py
             sample_packing=bool(config.get("sample_packing")),  # schemas/config.py
             val_set_size=_number(config, "val_set_size", 0),  # schemas/config.py
             seed=_seed(config),

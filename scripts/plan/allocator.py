@@ -5,7 +5,7 @@
 
 from bisect import bisect_left, insort
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import attrgetter
 
@@ -231,6 +231,7 @@ class MemoryTrace:
     Attributes:
         loaded: events before the first step: weights, adapters, optimizer state.
         step: events of one step.
+        evaluation: events of the evaluation of one batch after a step; none if it was not traced.
         kinds: kind of content by storage id.
         sizes: model sizes: layers, width, attention_width (number of heads * head size) and vocabulary.
         paged: bytes of optimizer state that can leave the GPU.
@@ -239,6 +240,7 @@ class MemoryTrace:
 
     loaded: Events
     step: Events
+    evaluation: Events
     kinds: dict[int, str]
     parameters: Counts
     sizes: dict[str, int]
@@ -254,20 +256,23 @@ class Usage:
         allocated: torch.cuda.max_memory_allocated.
         reserved: torch.cuda.max_memory_reserved.
         parts: allocated bytes by kind at the peak of `allocated`.
+        evaluation: reserved bytes during an evaluation after the step; 0 if it was not traced.
     """
 
     allocated: int
     reserved: int
     parts: dict[str, int]
+    evaluation: int = 0
 
 
 def usage(trace: MemoryTrace) -> Usage:
-    """Peaks of the second of two identical steps, by the allocator model."""
+    """Peaks of the second of two identical steps, and of an evaluation after it, by the allocator model."""
     allocator = Allocator(trace.expandable)
     blocks: dict[int, Block] = {}
     held: Counter[str] = Counter()
-    parts = {}
-    for events in (trace.loaded, trace.step, trace.step):
+    parts: dict[str, int] = {}
+    peaks = Usage(0, 0, parts)
+    for events in (trace.loaded, trace.step, trace.step, trace.evaluation):
         allocator.reset_peaks()
         for storage, size in events:
             if size < 0:
@@ -282,4 +287,8 @@ def usage(trace: MemoryTrace) -> Usage:
                 parts = dict(held)
         if events is trace.loaded:
             allocator.empty_cache()  # axolotl/loaders/model.py does this after loading the model
-    return Usage(allocator.peak, allocator.peak_reserved, parts)
+        if events is trace.step:
+            peaks = Usage(allocator.peak, allocator.peak_reserved, parts)
+    if trace.evaluation:
+        return replace(peaks, evaluation=allocator.peak_reserved)
+    return peaks

@@ -7,8 +7,9 @@ module imports torch, transformers, PEFT and bitsandbytes.
 import gc
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -259,15 +260,15 @@ def _allocate_state(step: Step, optimizer: Any, trained: list[torch.Tensor]) -> 
     optimizer.zero_grad()
 
 
-def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor], optimizer: Any, shape: Shape) -> None:
-    """Run one micro batch forward and backward, then the optimizer step."""
-    forward = model.forward
-    if step.autocast:
-        forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=getattr(torch, step.autocast))(forward))
-    if step.accumulates:
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-            recorder.add(parameter.grad, "gradients")
+def _forward(step: Step, model: Any) -> Callable[..., Any]:
+    """Forward pass of the model, under autocast if the step has one."""
+    if step.autocast is None:
+        return model.forward
+    return convert_outputs_to_fp32(torch.autocast("cpu", dtype=getattr(torch, step.autocast))(model.forward))
+
+
+def _inputs(step: Step, shape: Shape) -> dict[str, torch.Tensor]:
+    """Batch of rows as the trainer passes it to the model."""
     inputs = {"input_ids": torch.zeros(shape, dtype=torch.long)}
     if step.axolotl:
         inputs |= {"labels": torch.zeros(shape, dtype=torch.long), "num_items_in_batch": torch.tensor(1)}
@@ -277,6 +278,28 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
         inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
     if step.packed:
         inputs["position_ids"] = torch.zeros(shape, dtype=torch.long)
+    return inputs
+
+
+def _evaluate(step: Step, model: Any, shape: Shape) -> None:
+    """Run one batch as transformers' Trainer evaluates, which keeps no logits of a batch (prediction_step).
+
+    Several rows need a mask, even if a training micro batch is a single row.
+    """
+    model.eval()
+    padded = step.padded or (shape[0] > 1 and not step.packed)
+    with torch.no_grad():
+        _forward(step, model)(**_inputs(replace(step, padded=padded), shape))
+
+
+def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor], optimizer: Any, shape: Shape) -> None:
+    """Run one micro batch forward and backward, then the optimizer step."""
+    forward = _forward(step, model)
+    if step.accumulates:
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+            recorder.add(parameter.grad, "gradients")
+    inputs = _inputs(step, shape)
     outputs = forward(**inputs)
     loss = outputs["loss"]
     if step.axolotl:
@@ -292,8 +315,8 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
     model.zero_grad()
 
 
-def trace(step: Step, shape: Shape) -> MemoryTrace:
-    """Trace the memory of a step with one micro batch shape."""
+def trace(step: Step, shape: Shape, evaluation: Shape | None = None) -> MemoryTrace:
+    """Trace the memory of a step with one micro batch shape, and of an evaluation if its shape is given."""
     recorder = Recorder(cuda=step.capability is not None)
     gc.disable()  # so that every trace frees reference cycles at the same points
     gc.freeze()  # so that gc.collect() skips older objects
@@ -329,10 +352,18 @@ def trace(step: Step, shape: Shape) -> MemoryTrace:
                 _run(step, recorder, model, trained, optimizer, shape)
             gc.collect()
             events = ordered(recorder.events)
+            recorder.events = []
+            if evaluation:
+                with recorder:
+                    _evaluate(step, model, evaluation)
+                gc.collect()
+            evaluated = ordered(recorder.events)
     finally:
         gc.unfreeze()
         gc.enable()
-    return MemoryTrace(loaded, events, recorder.kinds, parameters, sizes, recorder.paged, expandable=step.axolotl)
+    return MemoryTrace(
+        loaded, events, evaluated, recorder.kinds, parameters, sizes, recorder.paged, expandable=step.axolotl
+    )
 
 
 def adapter_bytes(step: Step) -> int:

@@ -39,14 +39,14 @@ class MicroBatch:
     needed: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PeakMemory(Usage):
     """Bytes at the peak of a step.
 
     Attributes:
         paged: optimizer state that can leave the GPU; the other attributes exclude it.
         context: memory of the CUDA context.
-        needed: sum of `reserved` and `context`.
+        needed: sum of `context` and the larger of `reserved` and `evaluation`.
     """
 
     paged: int
@@ -238,6 +238,9 @@ def _changes(config: Config, step_plan: StepPlan, gpu: Gpu, gpus: int) -> Iterat
 def _reductions(config: Config, step_plan: StepPlan, gpu: Gpu, gpus: int) -> Iterator[tuple[Config, str]]:
     """Changes that reduce the memory of a step, mildest first, each with its effect."""
     settings, step = TrainingSettings.of(config), step_plan.step
+    if step_plan.more_in_evaluation:
+        limits = {"eval_batch_size": step_plan.rows, "eval_sequence_len": step_plan.length}
+        yield {key: limit for key, limit in limits.items() if config.get(key)}, "evaluation batches as in training"
     if not step.checkpointing:
         yield {"gradient_checkpointing": True}, "the same gradients, a third more time"
     if gpu.capability >= (8, 0) and not any(map(config.get, steps.LOSSES)):  # Triton requires capability 8.0
@@ -324,6 +327,10 @@ def _memory_finding(config: Config, gpu: Gpu, gpus: int, trace: bool) -> Finding
     if needed <= usable:
         return None
     place = f" on each of {gpus} GPUs under {parallelism_of(config)}" if gpus > 1 else ""
-    problem = f"a full batch needs {needed:.1f} GiB{place}; {usable:.1f} GiB of {gpu} are usable"
+    size = f"needs {needed:.1f} GiB{place}; {usable:.1f} GiB of {gpu} are usable"
     remedy = "`recipe plan NAME` lists changes that help"
-    return Finding("error", "too-big", "micro_batch_size", problem, remedy, rule_scope="gpu")
+    step_plan, _ = plan_step(config, gpu, download=False)
+    if needed - step_plan.more_in_evaluation / GIB <= usable:  # rows of an evaluation may be few and short
+        problem = f"training fits, but a full batch of evaluation {size}"
+        return Finding("warning", "too-big", "eval_batch_size", problem, remedy, rule_scope="gpu")
+    return Finding("error", "too-big", "micro_batch_size", f"a full batch {size}", remedy, rule_scope="gpu")

@@ -81,11 +81,13 @@ class StepPlan:
         step: the step.
         rows: rows per micro batch.
         length: maximum number of tokens per row.
+        evaluation: rows and tokens per row of an evaluation batch, if it can need more memory than a micro batch.
     """
 
     step: Step
     rows: int
     length: int
+    evaluation: Shape | None = None
 
     @property
     def shape(self) -> Shape:
@@ -96,8 +98,9 @@ class StepPlan:
 
     @property
     def key(self) -> str:
-        """Hash of the step, its shape, package versions and `VERSION`."""
-        return digest([VERSION, packages(), asdict(self.step), self.shape])[:24]
+        """Hash of the step, its shapes, package versions and `VERSION`."""
+        evaluation = [self.evaluation] if self.evaluation else []
+        return digest([VERSION, packages(), asdict(self.step), self.shape, *evaluation])[:24]
 
     @property
     def file(self) -> Path:
@@ -128,8 +131,13 @@ class StepPlan:
 
     @property
     def required(self) -> float:
-        """Required bytes: peak reserved memory plus the CUDA context."""
-        return self.memory.usage.reserved + CONTEXT
+        """Required bytes: peak reserved memory of training and evaluation, plus the CUDA context."""
+        return self.memory.usage.reserved + self.more_in_evaluation + CONTEXT
+
+    @property
+    def more_in_evaluation(self) -> int:
+        """Bytes that evaluation reserves in addition to training."""
+        return max(self.memory.usage.evaluation - self.memory.usage.reserved, 0)
 
     def traced(self) -> Memory:
         """Memory of the step, from a new trace.
@@ -145,7 +153,7 @@ class StepPlan:
 
             logging.disable(logging.CRITICAL)  # otherwise torch logs a traceback
             try:
-                traced = trace(self.step, self.shape)
+                traced = trace(self.step, self.shape, self.evaluation)
             except Exception as error:  # the trace runs model code, which can raise anything
                 problem = shorten(with_type(error), 200)
                 raise UserError(f"this model and adapter cannot be planned: {problem}") from None
@@ -163,7 +171,26 @@ def plan_step(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[S
     capability = gpu.capability if gpu else least_capability(config)
     step, notes = steps.step_of(config, models.architecture(config, download), capability)
     settings = TrainingSettings.of(config)
-    return StepPlan(step, settings.micro_batch_size, settings.sequence_len), notes
+    return StepPlan(step, settings.micro_batch_size, settings.sequence_len, _evaluation(config, settings)), notes
+
+
+def _evaluation(config: Config, settings: TrainingSettings) -> Shape | None:
+    """Rows and tokens per row of an evaluation batch; None if it has at most those of a micro batch.
+
+    Only rows of test_datasets can be longer than sequence_len (axolotl/utils/data/sft.py); pad_to_sequence_len pads
+    them to a multiple of it (core/builders/causal.py). A batch without gradients needs less memory than a micro batch
+    of the same shape.
+    """
+    if config.get("eval_strategy") == "no" or not (settings.val_set_size or config.get("test_datasets")):
+        return None
+    rows, length = settings.eval_batch_size, settings.sequence_len
+    if config.get("test_datasets"):
+        length = settings.eval_sequence_len
+    if rows <= settings.micro_batch_size and length <= settings.sequence_len:
+        return None
+    if config.get("pad_to_sequence_len"):
+        length = rounded(length, settings.sequence_len)
+    return rows, rounded(length, ROUND)
 
 
 def required_gib(config: Config, gpu: Gpu | None = None, trace: bool = False, gpus: int = 1) -> float | None:

@@ -232,5 +232,3 @@ def _untraced(config: Config, settings: TrainingSettings, architecture: Config) 
         yield "gradient_checkpointing: offloading is not traced; training needs less memory"
     if offloads(config):
         yield "weights or optimizer state in main memory: not planned; training needs less GPU memory"
-    if int(config.get("eval_batch_size") or 0) > settings.micro_batch_size:
-        yield "eval_batch_size: evaluation is not traced; it has more rows than training and may need more memory"

@@ -79,7 +79,7 @@ def test_any_sequence_keeps_the_books(expandable, requests):
 def test_usage_says_what_is_there_at_the_peak():
     step = [(2, 2 * MIB), (3, 3 * MIB), (3, -1), (2, -1)]
     kinds = {1: "weights", 2: "activations", 3: "mask"}
-    trace = MemoryTrace([(1, 64 * MIB)], step, kinds, {}, {}, 0, expandable=True)
+    trace = MemoryTrace([(1, 64 * MIB)], step, [], kinds, {}, {}, 0, expandable=True)
     used = allocator.usage(trace)
     assert used.parts == {"weights": 64 * MIB, "activations": 2 * MIB, "mask": 3 * MIB}
     assert used.allocated == 69 * MIB

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.config import models
-from qlora_recipes.plan import allocator, fake_step
+from qlora_recipes.plan import allocator, fake_step, step_plan
 from qlora_recipes.plan import steps as steps_of
 from qlora_recipes.plan.fake_step import trace
 from qlora_recipes.plan.steps import Step
@@ -123,7 +123,7 @@ def test_published_figures_of_the_plain_loop_are_met():
 
 
 def measured(folder: Path, changes: dict[Any, Config]) -> dict[Any, dict[str, Any]]:
-    """Records of the plugin in real trainings of two steps, by name."""
+    """Records of the plugin in real trainings of two steps and, if they evaluate, of an evaluation, by name."""
     files = {}
     for i, (name, change) in enumerate(changes.items()):
         output = folder / str(i)
@@ -131,7 +131,7 @@ def measured(folder: Path, changes: dict[Any, Config]) -> dict[Any, dict[str, An
         common = {
             "revision_of_model": None,
             "special_tokens": None,
-            "test_datasets": None,
+            "eval_steps": 2,
             "evals_per_epoch": None,
             "saves_per_epoch": None,
             "save_strategy": "no",
@@ -162,6 +162,9 @@ def change_of(family: str, attention: str, bf16: bool, turn: int, tiny: Path, da
         "base_model": str(folder),
         "special_tokens": {"pad_token": "</s>"},
         "datasets": [{"path": str(data), "type": "alpaca", "split": "train[:16]"}],
+        "test_datasets": [{"path": str(data), "type": "alpaca", "split": f"train[:{ROWS}]"}],
+        "eval_batch_size": ROWS,
+        "eval_sequence_len": LENGTHS[turn % 2] - 64,
         "sequence_len": 320,  # most rows are shorter
         "bf16": bf16,
         "attn_implementation": attention,
@@ -172,6 +175,10 @@ def change_of(family: str, attention: str, bf16: bool, turn: int, tiny: Path, da
         "gradient_accumulation_steps": 1 + turn % 3,
         "optimizer": ("paged_adamw_32bit", "adamw_torch", "adamw_bnb_8bit")[turn // 2 % 3],
     }
+
+
+ROWS, LENGTHS = 12, (320, 640)
+"""Rows of an evaluation batch, so many that it needs more memory than a training step, and their padded tokens."""
 
 
 @pytest.mark.long
@@ -185,11 +192,16 @@ def test_real_trainings_of_axolotls_allocate_what_is_planned(tmp_path, tiny, sam
     for turn, real in measured(tmp_path / "runs", changes).items():
         config = config_with(changes[turn] | {"fp16": False, "pad_to_sequence_len": True})
         step, notes = steps_of.step_of(config, models.architecture(config), (8, 0))
-        fake = trace(replace(step, capability=None), (2, 320))
+        evaluation = step_plan.plan_step(config, None)[0].evaluation
+        assert evaluation == (ROWS, LENGTHS[turn % 2])
+        fake = trace(replace(step, capability=None), (2, 320), evaluation)
         left = dict(fake.loaded)  # a size of -1 where freed again
         loaded = sum(size for i, size in left.items() if size > 0 and fake.kinds[i] != "optimizer")
         planned, allocated = peak(fake.loaded + fake.step), real["allocated"]
         print(f"{kinds[turn]}: planned {planned:,}, measured {allocated:,} bytes, {allocated / planned - 1:+.2%}")
         assert planned == pytest.approx(allocated, rel=0.01 if kinds[turn][2] else 0.001), kinds[turn]
+        in_evaluation, allocated = peak(fake.loaded + fake.evaluation), real["evaluation"]["allocated"]
+        print(f"  evaluation: {in_evaluation:,}, measured {allocated:,} bytes, {allocated / in_evaluation - 1:+.2%}")
+        assert in_evaluation == pytest.approx(allocated, rel=0.001), kinds[turn]
         assert loaded == pytest.approx(real["loaded"], rel=0.005), kinds[turn]
         assert notes == []

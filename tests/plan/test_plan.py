@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,7 @@ NOTES = [
         "load_in_8bit: traced without outliers; training needs a little more memory",
     ),
     (OFFLOADED, "weights or optimizer state in main memory: not planned; training needs less GPU memory"),
-    (
-        {"eval_batch_size": 64},
-        "eval_batch_size: evaluation is not traced; it has more rows than training and may need more memory",
-    ),
+    ({"do_causal_lm_eval": True}, f"do_causal_lm_eval: {MORE}"),
 ]
 
 
@@ -221,6 +219,48 @@ def test_changes_are_the_mildest_that_do(small):
     assert last.needed == pytest.approx(plan.plan(zero | last.set, gpus=4)[0].per_gpu["ZeRO-3"], rel=1e-5)
     (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, size * 0.3))[0].changes
     assert list(last.set) == ["sequence_len"]
+
+
+EVALUATED = {"test_datasets": [{"path": "test.jsonl", "type": "alpaca"}], "eval_batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("change", "shape"),
+    [
+        ({}, (8, 2048)),
+        ({"eval_batch_size": None, "eval_sequence_len": 4000}, (2, 4032)),
+        ({"eval_batch_size": 2, "eval_sequence_len": 1024}, None),  # at most the tokens of a micro batch
+        ({"eval_sequence_len": 1024}, (8, 1024)),
+        ({"eval_sequence_len": 4000, "pad_to_sequence_len": True}, (8, 4096)),
+        ({"test_datasets": None, "val_set_size": 0.1, "eval_sequence_len": 4096}, (8, 2048)),
+        ({"test_datasets": None}, None),
+        ({"eval_strategy": "no"}, None),
+    ],
+)
+def test_evaluation_is_planned_where_it_is_larger_than_training(small, change, shape):
+    assert step_plan.plan_step(small | EVALUATED | change, None)[0].evaluation == shape
+
+
+def test_a_larger_evaluation_decides_what_fits(small):
+    larger = small | EVALUATED
+    training, planned = plan.plan(small)[0].memory, plan.plan(larger)[0].memory
+    assert planned.reserved == training.reserved
+    assert planned.needed == planned.evaluation + step_plan.CONTEXT > training.needed
+    gpu = gpus.Gpu("card", TURING, 1.001 * training.needed / GIB / step_plan.USABLE)
+    [change] = plan.plan(larger, gpu)[0].changes
+    assert (change.set, change.fits) == ({"eval_batch_size": 2}, True)
+    finding = plan._memory_finding(larger, gpu, 1, trace=True)
+    assert (finding.level, finding.name) == ("warning", "too-big:eval_batch_size")
+    assert finding.problem == (
+        f"training fits, but a full batch of evaluation needs {planned.needed / GIB:.1f} GiB; "
+        f"{plan.usable_gib(gpu):.1f} GiB of card (sm_75) are usable"
+    )
+
+
+@pytest.mark.parametrize("change", [{}, {"gradient_checkpointing": False}, {"chunked_cross_entropy": True}])
+def test_a_batch_of_the_same_shape_needs_no_more_memory_in_evaluation(small, change):
+    training = step_plan.plan_step(small | change, None)[0]
+    assert replace(training, evaluation=training.shape).more_in_evaluation == 0
 
 
 def test_ranks_divide_what_their_engine_divides(small):
@@ -372,7 +412,14 @@ def test_a_full_fine_tuning_that_does_not_fit_gets_an_adapter(small):
 
 
 def planned_example(fits: bool, work: Work | None = None) -> plan.Plan:
-    memory = plan.PeakMemory(3 * GIB, 4 * GIB, {"logits": GIB, "base weights": 2 * GIB}, GIB // 2, GIB // 4, 4.25 * GIB)
+    memory = plan.PeakMemory(
+        allocated=3 * GIB,
+        reserved=4 * GIB,
+        parts={"logits": GIB, "base weights": 2 * GIB},
+        paged=GIB // 2,
+        context=GIB // 4,
+        needed=4.25 * GIB,
+    )
     return plan.Plan(
         model="a/b",
         adapter="qlora",

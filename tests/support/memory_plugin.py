@@ -46,7 +46,7 @@ def cap_memory() -> None:
 
 
 class Measure(TrainerCallback):
-    """Writes the memory of the second step of a training, and the scale of its adapters.
+    """Writes the memory of the second step of a training and of its evaluations, and the scale of its adapters.
 
     On a CPU storages are recorded by the means of a plan's, so that both can be compared byte by byte.
     """
@@ -56,6 +56,16 @@ class Measure(TrainerCallback):
         self.stop = int(os.environ.get(STOP, "0"))
         self.recorder: Recorder | None = None
         self.loaded = 0
+        self.figures: dict[str, Any] = {}
+        evaluate = trainer.evaluation_loop
+
+        def measured(*arguments: Any, **options: Any) -> Any:
+            self._begin()
+            result = evaluate(*arguments, **options)
+            write_json(self.file, self.figures | {"evaluation": self._end()})
+            return result
+
+        trainer.evaluation_loop = measured
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         write_json(self.file.with_name(BEGUN), {"step": state.global_step})
@@ -69,7 +79,8 @@ class Measure(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == MEASURED + 1:
-            write_json(self.file, self._end())
+            self.figures = self._end()
+            write_json(self.file, self.figures)
 
     def _begin(self) -> None:
         tensors = list(_of_module(self.trainer.model))
