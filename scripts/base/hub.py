@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from .errors import first_line
 
@@ -170,6 +170,24 @@ def within[T](seconds: float, ask: Callable[[], T]) -> T:
         return future.result(seconds)
     except TimeoutError:
         raise TimeoutError(f"no answer within {seconds:g} s") from None
+
+
+Kind = Literal["models", "datasets"]
+
+
+def snapshot(kind: Kind, name: str, revision: Any) -> Path:
+    """Cached files of a repository at a revision (default: main), existing or not; the commit is the folder's name.
+
+    huggingface_hub has such a function, but importing it would double the time of `recipe check`.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    repository = Path(HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}"
+    commit = str(revision or "main")
+    ref = repository / "refs" / commit
+    if ref.is_file():
+        commit = ref.read_text().strip()
+    return repository / "snapshots" / commit
 
 
 def page(name: str) -> str:

@@ -95,6 +95,15 @@ def trained_test_rows(case: Case) -> Problems:
 
 
 @rule()
+def unpinned(case: Case) -> Problems:
+    """Without a commit, a later run trains on what the hub then has; the hub's cache knows the commit of today."""
+    for source in datafiles.hub_commits(case.config):
+        if not source.is_pinned:
+            problem = f"not pinned to a commit; this machine has {source.commit}"
+            yield "note", source.key, problem, f"set {source.revision_key}: {source.commit}"
+
+
+@rule()
 def packing_leaks(case: Case) -> Problems:
     """Packed rows attend to each other unless the attention implementation separates them.
 

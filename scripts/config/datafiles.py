@@ -1,7 +1,7 @@
 """A config's data sets and their files on this machine."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from glob import glob
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from ..base import paths
+from ..base import hub, paths
 from ..base.errors import UserError
 from ..base.files import sha256
 from ..base.processes import bounded
@@ -115,6 +115,39 @@ def in_section(config: Config, section: Section) -> list[DatasetRef]:
     if not isinstance(entries, list):
         return []
     return [DatasetRef(section, i, entry) for i, entry in enumerate(entries) if isinstance(entry, dict)]
+
+
+@dataclass(frozen=True)
+class HubCommit:
+    """Commit of a model or data set that a config names on the hub, from the hub's cache.
+
+    Attributes:
+        key: the key with the name.
+        revision_key: the key that pins the commit.
+        is_pinned: whether it does.
+    """
+
+    key: str
+    revision_key: str
+    commit: str
+    is_pinned: bool
+
+
+def hub_commits(config: Config) -> Iterator[HubCommit]:
+    """Commits of the base model and the data sets that are in the hub's cache."""
+    yield from _commit("models", config.get("base_model"), models.revision(config), "base_model", "revision_of_model")
+    for dataset in datasets(config):
+        revision, key = dataset.entry.get("revision"), dataset.key
+        yield from _commit("datasets", dataset.path, revision, f"{key}.path", f"{key}.revision")
+
+
+def _commit(kind: hub.Kind, name: Any, revision: Any, key: str, revision_key: str) -> Iterator[HubCommit]:
+    """Commit of a repository; none for a local path, or a repository that is not in the cache."""
+    if not isinstance(name, str) or "://" in name or _local_path(name):
+        return
+    folder = hub.snapshot(kind, name, revision)
+    if folder.is_dir():
+        yield HubCommit(key, revision_key, folder.name, folder.name == revision)
 
 
 def chat_options(config: Config) -> str:

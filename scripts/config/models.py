@@ -202,7 +202,7 @@ def _counterparts(target: str, layers: tuple[str, ...]) -> list[str]:
 
 def _config_file(name: str, revision: Any, download: bool) -> Path:
     """config.json of a model from the hub's cache or the hub, within 10 s."""
-    cached = _in_hub_cache(name, revision)
+    cached = hub.snapshot("models", name, revision)
     if (cached / "config.json").is_file():
         return cached / "config.json"
     if not download:
@@ -248,7 +248,7 @@ def folder_of(config: Config) -> Path:
     name = str(config.get("base_model"))
     if Path(name).is_dir():
         return Path(name)
-    return _in_hub_cache(name, revision(config))
+    return hub.snapshot("models", name, revision(config))
 
 
 def _file_names(folder: Path) -> list[str]:
@@ -386,18 +386,3 @@ def _special_tokens(folder: Path) -> str | None:
         if isinstance(token, dict) and token.get("special") and token.get("content"):
             patterns.append(re.escape(str(token["content"])))
     return "|".join(patterns) or None
-
-
-def _in_hub_cache(name: str, revision: Any) -> Path:
-    """Cached snapshot of a hub model at a revision (default: main), existing or not.
-
-    huggingface_hub has such a function, but importing it would double the time of `recipe check`.
-    """
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    repository = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
-    commit = str(revision or "main")
-    ref = repository / "refs" / commit
-    if ref.is_file():
-        commit = ref.read_text().strip()
-    return repository / "snapshots" / commit

@@ -22,7 +22,7 @@ from ..base.processes import now, start_child, stop_requests
 from ..base.run_files import RunFile
 from ..base.terminal import TrainingProgress, say, say_once
 from ..base.yamlfiles import Config
-from ..config import merging
+from ..config import datafiles, merging
 from ..config.finding import FIRST_LOSS, MODEL, SIGNALS, Finding
 from ..config.gpus import CPU_RANKS
 from ..training.run_record import FORCED, STOP_AT, Ended, FileState, Launch, Provenance, Run, State, collect
@@ -102,6 +102,7 @@ def train(run_dir: RunDir, record: Run, lock: int, checkpoint: Path | None = Non
     record.summary = summarise(run_dir.read_metrics())
     record.summary.ended = summarise(run_dir.read_metrics(since=written)).ended  # ignores earlier launches
     record.adapter = FileState.of(run_dir.adapter) if run_dir.adapter.is_file() else None
+    record.hub_commits = {source.key: source.commit for source in datafiles.hub_commits(run_dir.config)}
     record.state = _state(launch.exit_code, stopped, record.summary.ended, record.adapter is not None)
     if record.state == "finished":
         run_dir.write(record)

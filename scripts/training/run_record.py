@@ -278,6 +278,7 @@ class Run(RecordVersion):
     data: list[DataFile] = []
     named_files: list[DataFile] = []  # other files that the config names
     test_data: Text | None = None
+    hub_commits: dict[str, str] = {}  # of base model and data sets on the hub, by key, after the last launch
     cwd: Text
     created: Moment = Field(default_factory=now)
     launches: list[Launch] = []

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from conftest import config_with, recipe_config
+from huggingface_hub import try_to_load_from_cache
 
 from qlora_recipes.base import hub, paths, processes
 from qlora_recipes.check import settings_rules
 from qlora_recipes.check.rule import RULES, Case, rule_findings
-from qlora_recipes.config import gpus
+from qlora_recipes.config import datafiles, gpus
 from qlora_recipes.config.finding import Finding
 
 LLAMA_3 = "haider2024/llama-3-8b"
@@ -203,7 +204,7 @@ def test_the_messages_are_those_of_the_table():
     assert [*dict.fromkeys(messages)] == MESSAGES.read_text().splitlines()
 
 
-OTHERS = {"gpu-lacks", "no-gpu", "parallelism-needs-gpus"}  # which have tests of their own
+OTHERS = {"unpinned", "gpu-lacks", "no-gpu", "parallelism-needs-gpus"}  # which have tests of their own
 
 
 def test_a_pattern_without_an_end_is_refused_in_time(monkeypatch):
@@ -433,6 +434,34 @@ def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch, place):
     (folder / "model.safetensors").touch()
     assert names({}) == []
     assert names({"revision_of_model": "main"}) == no_access
+
+
+def test_a_commit_in_the_cache_is_the_one_to_pin(monkeypatch, place):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
+    commits = {"models--some--model": "a" * 40, "datasets--some--rows": "b" * 40}
+    for name, commit in commits.items():
+        (place / "hub" / name / "snapshots" / commit).mkdir(parents=True)
+        (place / "hub" / name / "snapshots" / commit / "config.json").write_text("{}")
+        (place / "hub" / name / "refs").mkdir()
+        (place / "hub" / name / "refs" / "main").write_text(commit)
+        kind, *parts = name.split("--")
+        cached = try_to_load_from_cache("/".join(parts), "config.json", place / "hub", repo_type=kind.removesuffix("s"))
+        assert Path(str(cached)).parent.name == commit
+    data = {"path": "some/rows", "type": "alpaca"}
+    unpinned: dict[str, Any] = {"base_model": "some/model", "revision_of_model": None, "datasets": [data]}
+    problem = "not pinned to a commit; this machine has"
+    assert [finding.text for finding in findings_of(unpinned) if finding.rule == "unpinned"] == [
+        f"base_model: {problem} {'a' * 40}; set revision_of_model: {'a' * 40} [unpinned:base_model]",
+        f"datasets.0.path: {problem} {'b' * 40}; set datasets.0.revision: {'b' * 40} [unpinned:datasets.0.path]",
+    ]
+    assert len(of_rule("unpinned", unpinned | {"revision_of_model": "main"})) == 2
+    pinned = {"revision_of_model": "a" * 40, "datasets": [data | {"revision": "b" * 40}]}
+    assert of_rule("unpinned", unpinned | pinned) == []
+    cached_commits = [(source.key, source.commit) for source in datafiles.hub_commits(unpinned | pinned)]
+    assert cached_commits == [("base_model", "a" * 40), ("datasets.0.path", "b" * 40)]
+    (place / "some" / "rows").mkdir(parents=True)  # a folder comes before the hub
+    (place / "some" / "model").mkdir()
+    assert of_rule("unpinned", unpinned) == []
 
 
 def test_chats_need_a_template_of_the_tokenizer_or_the_config(tiny, place):

@@ -55,6 +55,14 @@ def test_a_rehearsal_reaches_no_server(folder, monkeypatch, rehearsal, requests)
     assert len(server.paths) == requests
 
 
+def test_the_commits_that_a_launch_fetched_are_recorded(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = str(folder.config["revision_of_model"])
+    fetched = tmp_path / "models--codellama--CodeLlama-7b-hf" / "snapshots" / commit
+    fails(folder, monkeypatch, f"mkdir -p '{fetched}'; exit 1")
+    assert folder.read().hub_commits == {"base_model": commit}
+
+
 @pytest.mark.parametrize("before", ["0.0.1", None])
 def test_another_version_than_in_the_first_launch_is_named(folder, monkeypatch, capsys, before):
     record = folder.read()
