@@ -3,6 +3,7 @@
 templates/old-axolotl.yaml has the tables: renamed and removed keys, changed defaults, each with its source.
 """
 
+import json
 import re
 from collections.abc import Collection, Iterable
 from copy import deepcopy
@@ -17,12 +18,12 @@ from packaging.version import Version
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import Row
+from ..base.files import Row, read_json
 from ..base.tables import print_table
 from ..base.terminal import say
 from ..base.yamlfiles import Config
 from ..check import schema
-from ..config import datafiles, keys, merging
+from ..config import datafiles, keys, merging, models
 from ..config.datafiles import DatasetRef
 from ..config.merging import Override, Source
 from ..config.numerics import attention
@@ -301,31 +302,35 @@ class Migration:
                     self.replace(
                         KeyChange(f"{dataset.key}.{key}", value, f"{dataset.key}.{new}", value, f"{key} was renamed")
                     )
+        if self._has("default_system_message") and self.config.get("chat_template") != "chatml":
+            self.set("default_system_message", None, "only for chatml; the template of conversation llama3 has it")
 
     def _chat_rows(self, dataset: DatasetRef, loader: str) -> None:
         """Turn a data set of type sharegpt into one of type chat_template with the same text."""
         entry = dataset.entry
         rows = tables()["sharegpt"].get(loader)
-        name = str(entry.get("conversation") or self._default_conversation())
-        template = tables()["conversations"].get(name)
-        if not rows or not template or "roles" in entry:
+        name = str(entry.get("conversation") or self._default_conversation(loader))
+        conversation = tables()["conversations"].get(name)
+        if not rows or not conversation or "roles" in entry:
             problem = f"no counterpart of {entry['type']} with the conversation {name} and these roles"
             self.refuse(f"{dataset.key}.type", problem, "use type: chat_template with a template of your own")
             return
-        updated = entry | deepcopy(rows) | {"type": "chat_template", "chat_template": template}
+        updated = entry | deepcopy(rows) | entry | {"type": "chat_template", "chat_template": "jinja"}
         for role, key in _OF_ROLES.items():
             if updated.get(key):
                 updated["roles"] = updated["roles"] | {role: [entry[key]]}
         updated = {key: value for key, value in updated.items() if key not in _OF_SHAREGPT}
-        if "{" in template:
-            updated |= {"chat_template": "jinja", "chat_template_jinja": template}
-        reason = f"type sharegpt is gone; the same text as FastChat's conversation {name}"
+        updated["chat_template_jinja"] = self._template(name, conversation["template"])
+        text = f"the text of FastChat's conversation {name}, tokenized at once"
+        if "{{ bos_token }}" in updated["chat_template_jinja"]:
+            text += " and with BOS first"
+        reason = f"type sharegpt is gone; {text}; no longer in the loss: {self._untrained(conversation)}"
         self.replace(KeyChange(dataset.key, entry, dataset.key, updated, reason))
 
-    def _default_conversation(self) -> str:
+    def _default_conversation(self, loader: str) -> str:
         """Conversation of rows that name none (v0.4.0: src/axolotl/utils/config.py:173-184, prompters.py:277-285)."""
         template = self.config.get("chat_template")
-        if template in ("chatml", "llama3"):
+        if not loader and template in ("chatml", "llama3"):
             return str(template)
         return "vicuna_v1.1"
 
@@ -335,6 +340,36 @@ class Migration:
             value = merging.value_at(self.config, finding.key)
             if finding.rule in ("unknown-key", "plugin-key") and value is not None:
                 self.replace(KeyChange(finding.key, value, finding.key, None, finding.problem))
+
+    def _template(self, name: str, template: str) -> str:
+        """A template with the system prompt (ef22351: src/axolotl/cli/train.py:45-59), and BOS only if it was there."""
+        message = self.config.get("default_system_message")
+        if message and self.config.get("chat_template") == name:
+            template = template.replace("'You are a helpful assistant.'", json.dumps(message, ensure_ascii=False))
+        folder = models.folder_of(self.config)
+        tokenizer, bos = read_json(folder / "tokenizer.json"), models.token(folder, "bos_token")
+        if bos and tokenizer and bos not in json.dumps(tokenizer.get("post_processor"), ensure_ascii=False):
+            template = template.replace("{{ bos_token }}", "")
+        return template
+
+    def _untrained(self, conversation: Config) -> str:
+        """Tokens no longer in the loss; the token that ends a turn stays there if the tokenizer has it."""
+        untrained = str(conversation["untrained"])
+        if self.config.get("train_on_inputs"):
+            untrained = "all but messages and their ends"
+        end, settings = conversation.get("end"), dict(merging.flatten(self.config))
+        if end in (None, settings.get("special_tokens.eos_token")):
+            return untrained
+        tokens = merging.listed(settings, "tokens") + merging.listed(
+            settings, "special_tokens.additional_special_tokens"
+        )
+        special_tokens = models.find(self.config).special_tokens or ""
+        if not conversation["always"] and end not in tokens and not re.fullmatch(special_tokens, end):
+            return f"{untrained}, and {end} and what follows it, unless eot_tokens can name it"
+        ends = merging.listed(settings, "eot_tokens")
+        if end not in ends:
+            self.set("eot_tokens", [*ends, end], "type sharegpt trained on the end of each answer")
+        return untrained
 
     def skip_evaluation(self) -> None:
         """Remove times of evaluation if no rows are held out."""

@@ -1,8 +1,11 @@
 """Configs of older releases of Axolotl, brought in by `recipe new --from` and `recipe study new --from`."""
 
+import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import chat_models
 import old_configs
 import pytest
 from a_card import CARD
@@ -13,14 +16,18 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import sha256
 from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.check import schema
+from qlora_recipes.config import datafiles
+from qlora_recipes.training.losses import MASKED
+from qlora_recipes.training.tokens import Tokenizer
 from qlora_recipes.writing import migrate, own_rows
 from qlora_recipes.writing.migrate import OldConfig
 
-CHATML = migrate.tables()["conversations"]["chatml"]
+CHATML = migrate.tables()["conversations"]["chatml"]["template"]
+LLAMA3 = migrate.tables()["conversations"]["llama3"]["template"]
 CHAT = {
     "field_messages": "conversations",
     "message_property_mappings": {"role": "from", "content": "value"},
-    "roles": {"user": ["human"], "assistant": ["gpt"], "system": ["system"]},
+    "roles": {"user": ["human", "user"], "assistant": ["gpt", "assistant"], "system": ["system"]},
     "type": "chat_template",
     "chat_template": "jinja",
     "chat_template_jinja": CHATML,
@@ -304,6 +311,19 @@ def test_a_meaning_that_no_key_restores_is_told():
     ]
 
 
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. "
+)
+CHATS = {
+    "system": ["system: s", "user: a", "assistant: b", "user: c", "assistant: d"],
+    "without a system": ["user: a", "assistant: b"],
+    "not alternating": ["user: a", "user: b", "assistant: c", "assistant: d"],
+    "answer first": ["system: s", "assistant: a", "user: b", "assistant: c"],
+    "system inside": ["user: a", "system: s", "user: b", "assistant: c"],
+}
+
+
 @pytest.mark.parametrize(
     ("kind", "count"),
     [("chat_template", 1), ("sharegpt", 0), ("chatml.intel", 0)],
@@ -314,42 +334,129 @@ def test_a_meaning_of_a_type_is_told_of_that_type_only(kind, count):
 
 
 @pytest.mark.parametrize(
-    ("name", "messages", "expected"),
+    ("name", "chat", "expected"),
+    [
+        ("chatml", "without a system", "<s>[system]You are a helpful assistant.[/][user]a[/][assistant]b[/]</s>"),
+        ("chatml", "system", "<s>[system]s[/][user]a[/][assistant]b[/]</s>[user]c[/][assistant]d[/]</s>"),
+        ("chatml", "answer first", "<s>[system]s[/][assistant]a[/]</s>[user]b[/][assistant]c[/]</s>"),
+        (
+            "chatml",
+            "system inside",
+            "<s>[system]You are a helpful assistant.[/][user]a[/][user]b[/][assistant]c[/]</s>",
+        ),
+        ("vicuna_v1.1", "system", "<s>s USER: a ASSISTANT: b</s>USER: c ASSISTANT: d</s>"),
+        ("vicuna_v1.1", "without a system", f"<s>{VICUNA}USER: a ASSISTANT: b</s>"),
+        ("vicuna_v1.1", "not alternating", f"<s>{VICUNA}USER: a USER: b</s>ASSISTANT: c </s>ASSISTANT: d</s>"),
+        ("vicuna_v1.1", "answer first", "<s>s ASSISTANT: a </s>USER: b</s>ASSISTANT: c </s>"),
+        ("vicuna_v1.1", "system inside", f"<s>{VICUNA}USER: a USER: b ASSISTANT: c</s>"),
+        ("llama-2", "system", "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\na[/INST] b</s><s> [INST] c[/INST] d</s>"),
+        ("llama-2", "without a system", "<s> [INST] a[/INST] b</s>"),
+        ("llama-2", "not alternating", "<s> [INST] a[INST] b<s> [/INST] c</s>[/INST] d</s>"),
+        ("llama-2", "answer first", "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\n[/INST] a</s><s> [INST] b[/INST] c</s>"),
+        ("mistral", "system", "<s>[INST]  s\na[/INST] b</s>[INST] c[/INST] d</s>"),
+        ("mistral", "without a system", "<s>[INST] a[/INST] b</s>"),
+        ("mistral", "not alternating", "<s>[INST] a[INST] b[/INST] c</s>[/INST] d</s>"),
+        ("mistral", "answer first", "<s>[INST] s\n[/INST] a</s>[INST] b[/INST] c</s>"),
+        ("llama3", "without a system", "<s>{system}You are a helpful assistant.{/}{user}a{/}{assistant}b{/}</s>"),
+        ("llama3", "system", "<s>{system}s{/}{user}a{/}{assistant}b{/}</s>{user}c{/}{assistant}d{/}</s>"),
+    ],
+)
+def test_a_conversation_has_the_text_of_its_release(name, chat, expected):
+    """The old code wrote the expected texts: Axolotl 0.4.1 (ef22351) with FastChat (27a05b0), BOS <s> and EOS </s>."""
+    expected = re.sub(r"\[(system|user|assistant)\]", r"<|im_start|>\1\n", expected).replace("[/]", "<|im_end|>\n")
+    expected = re.sub(r"\{(\w+)\}", r"<|start_header_id|>\1<|end_header_id|>\n\n", expected).replace(
+        "{/}", "<|eot_id|>"
+    )
+    turns = [dict(zip(("role", "content"), turn.split(": "), strict=True)) for turn in CHATS[chat]]
+    template = migrate.tables()["conversations"][name]["template"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    assert environment.from_string(template).render(messages=turns, bos_token="<s>", eos_token="</s>") == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "trained"),
     [
         pytest.param(
             "chatml",
-            [("user", "a"), ("assistant", "b")],
-            "<s><|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
-            "<|im_start|>assistant\nb<|im_end|>\n</s>",
+            "datasets: [{path: x, type: sharegpt, conversation: chatml}]\ntokens: [<|im_end|>]",
+            ["4<|im_end|>", "</s>"],
             id="chatml",
         ),
         pytest.param(
-            "vicuna_v1.1",
-            [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
-            "<s>s USER: a ASSISTANT: b</s>USER: c ASSISTANT: d</s>",
-            id="vicuna",
+            "chatml",
+            "datasets: [{path: x, type: sharegpt}]\nchat_template: chatml\nspecial_tokens: {eos_token: <|im_end|>}",
+            ["4<|im_end|>"],
+            id="chatml-as-EOS",
         ),
         pytest.param(
-            "llama-2",
-            [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
-            "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\na[/INST] b</s><s> [INST] c[/INST] d</s>",
-            id="llama-2",
+            "llama3",
+            "datasets: [{path: x, type: sharegpt, conversation: llama3}]\nspecial_tokens: {eos_token: </s>}",
+            ["4<|eot_id|></s>"],
+            id="llama3",
         ),
+        pytest.param("chatml", "datasets: [{path: x, type: sharegpt}]", ["4</s>"], id="vicuna"),
         pytest.param(
-            "mistral",
-            [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
-            "<s>[INST] a[/INST] b</s>[INST] c[/INST] d</s>",
-            id="mistral",
+            "chatml",
+            "datasets: [{path: x, type: sharegpt}]\ntrain_on_inputs: true",
+            ["2 + 2", "4</s>"],
+            id="vicuna-and-inputs",
         ),
     ],
 )
-def test_a_conversation_has_the_text_of_fastchat(name, messages, expected):
-    """The texts are those of fschat 0.2.34 with the get_turns of Axolotl 0.4.0, which adds EOS to an answer."""
-    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
-        migrate.tables()["conversations"][name]
+def test_the_ends_of_answers_stay_in_the_loss(place, family, text, trained):
+    model = chat_models.save(place / "model", family)
+    settings = f"base_model: {model}\nsequence_len: 512\nmicro_batch_size: 1\nlearning_rate: 0.1\n"
+    config = migrate.migrate(OldConfig(Path("old.yml"), settings + text, release="0.4.1")).config
+    row = {"conversations": [{"from": "human", "value": "2 + 2"}, {"from": "gpt", "value": "4"}]}
+    tokenizer = Tokenizer(config)
+    tokens = tokenizer.tokenize(next(iter(datafiles.datasets(config))), [row])[0]
+    parts = groupby(zip(tokens.ids, tokens.labels, strict=True), lambda token: token[1] != MASKED)
+    texts = [tokenizer.tokenizer.decode([token for token, _ in part]) for has_loss, part in parts if has_loss]
+    assert [text.strip() for text in texts] == trained
+
+
+def conversation_of(text: str) -> tuple[str, Any, str]:
+    """Template, eot_tokens and reason of a data set of type sharegpt."""
+    migration = migrate.migrate(OldConfig(Path("old.yml"), text, release="0.4.1"))
+    reason = migration.reasons()["datasets"]
+    return migration.config["datasets"][0]["chat_template_jinja"], migration.config.get("eot_tokens"), reason
+
+
+def test_the_system_prompt_of_the_config_is_in_the_template():
+    text = 'default_system_message: You are "S"ü.\ndatasets: [{path: x, type: sharegpt, conversation: llama3}]\n'
+    template, ends, _ = conversation_of(text + "chat_template: llama3")
+    assert 'else "You are \\"S\\"ü." %}' in template
+    assert ends == ["<|eot_id|>"]
+    assert changed(text + "chat_template: llama3", "0.4.1")["default_system_message"] is None
+    assert conversation_of(text + "chat_template: chatml")[0] == LLAMA3
+
+
+def test_the_reason_says_what_no_longer_counts():
+    chatml = "type sharegpt is gone; the text of FastChat's conversation chatml, tokenized at once and with BOS first"
+    text = "datasets: [{path: x, type: sharegpt, conversation: chatml}]\n"
+    lost = f"{chatml}; no longer in the loss:"
+    end = "and <|im_end|> and what follows it, unless eot_tokens can name it"
+    assert conversation_of(text)[2] == f"{lost} line breaks around an answer, {end}"
+    assert conversation_of(text + "tokens: [<|im_end|>]")[2] == f"{lost} line breaks around an answer"
+    assert conversation_of(text + "base_model: Qwen/Qwen2.5-7B")[1:] == (
+        ["<|im_end|>"],
+        f"{lost} line breaks around an answer",
     )
-    turns = [{"role": role, "content": content} for role, content in messages]
-    assert template.render(messages=turns, bos_token="<s>", eos_token="</s>") == expected
+    assert conversation_of(text + "train_on_inputs: true\ntokens: [<|im_end|>]")[2] == (
+        f"{lost} all but messages and their ends"
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "template"),
+    [
+        pytest.param("type: sharegpt", "chatml", id="plain"),
+        pytest.param("type: sharegpt.load_role", "vicuna_v1.1", id="with a loader"),
+    ],
+)
+def test_only_plain_sharegpt_follows_the_chat_template(entry, template):
+    text = f"chat_template: chatml\ndatasets: [{{path: x, {entry}}}]"
+    assert conversation_of(text)[0] == migrate.tables()["conversations"][template]["template"]
 
 
 def write_rows(place: Path, count: int = 40) -> None:
