@@ -132,7 +132,7 @@ class Migration:
     """An old config on its way to the supported release; its methods are the steps, in their order.
 
     Attributes:
-        release: the release of Axolotl that the config was written for.
+        release: the release of Axolotl that the config was written for; of a guess, the last possible one.
         sign: the key from which the release is guessed; empty if it is stated.
         config: the config so far.
         empty: the top-level keys without a value, which go.
@@ -382,28 +382,37 @@ class Migration:
     def state_defaults(self) -> None:
         """State the defaults of the config's release where they have changed."""
         for default in tables()["defaults"]:
-            key = default["key"]
-            if key not in self.config and self._applies(default):
-                self.set(key, default["old"], f"{default['why']} (default before {default['before']})")
+            if self.release < Version(default["before"]) and self._concerned(default):
+                self.set(default["key"], default["old"], f"{default['why']} (default before {default['before']})")
 
-    def _applies(self, entry: Config) -> bool:
+    def _concerned(self, change: Config) -> bool:
         """True if a changed default or meaning matters to this config."""
-        if self.release >= Version(entry["before"]) or self._has(*entry.get("unless", ())):
+        if change.get("key") in self.config or self._has(*change.get("unless", ())):
             return False
-        if entry.get("one") and len(datafiles.training_sets(self.config)) != 1:
+        if change.get("one") and len(datafiles.training_sets(self.config)) != 1:
             return False
         types = [dataset.type_name for dataset in datafiles.datasets(self.old.config)]
-        if entry.get("type", "") not in ("", *types):
+        if change.get("type", "") not in ("", *types):
             return False
-        return "with" not in entry or self._has(*entry["with"])
+        return all(self._has(*names) for names in change.get("with", ()))
 
     def _has(self, *names: str) -> bool:
         """True if one of several keys is on."""
         return any(self.config.get(key) for key in names)
 
     def meanings(self) -> list[str]:
-        """Changes since the config's release that no key undoes."""
-        return [entry["text"] for entry in tables()["meanings"] if self._applies(entry)]
+        """Changes since the config's release that no key undoes, and all changes since its first possible release."""
+        first, _ = added(self.old.config)
+        texts = []
+        for change in [*tables()["meanings"], *tables()["defaults"]]:
+            before, text = Version(change["before"]), change.get("text") or _default_text(change)
+            if not self._concerned(change):
+                continue
+            if self.release < before:
+                texts.append(f"since {self.release}: {text}")
+            elif self.sign and first <= before:
+                texts.append(f"if it was written before {before}: {text}")
+        return texts
 
     def reasons(self) -> dict[str, str]:
         """Reasons for the changes of the old config, by top-level key; no reason for empty keys."""
@@ -430,6 +439,21 @@ class Migration:
             if keys.affects(key) != "run":
                 migrated.append(MigratedOverride(key, self.config.get(key), place=self.old.place(key)))
         return migrated
+
+
+def _default_text(default: Config) -> str:
+    """A changed default in one line."""
+    return f"{default['why']} ({default['key']}: {yamlfiles.write_flow(default['old'])})"
+
+
+def added(config: Config) -> tuple[Version, str]:
+    """First release that reads all keys of a config, and a key that it added; empty if that is unknown."""
+    first = Version("0"), ""
+    for release, names in tables()["since"].items():
+        new_keys = [key for key in names if key in config]
+        if new_keys:
+            first = Version(release), new_keys[0]
+    return first
 
 
 def _concerned(config: Config) -> dict[str, Config]:
@@ -515,11 +539,11 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
 
 
 def _release(old: OldConfig) -> tuple[Version, str]:
-    """Release of Axolotl that a config was written for, and the key from which it is guessed, if it is not stated."""
+    """Last release of Axolotl that a config can be for, and the key from which it is guessed, if it is not stated."""
     if not old.release:
         signs = evidence(old.config) or {_NO_SIGN: supported()}
         sign = min(signs, key=signs.__getitem__)
-        return signs[sign], sign
+        return max(signs[sign], added(old.config)[0]), sign
     try:
         return Version(old.release), ""
     except ValueError:  # not a version, or one of thousands of digits
@@ -535,7 +559,9 @@ def report(migration: Migration) -> None:
     """Print the changes of a migration, and log what they cannot undo."""
     print_table([step.row() for step in migration.steps], below=["reason"])
     if migration.sign:
-        guess = f"Axolotl {migration.release} is a guess, from {migration.sign}"
-        say(f"{guess}; the split of the rows and other defaults depend on it: if you know it, pass --axolotl")
+        (first, key), releases = added(migration.old.config), f"{migration.release} or earlier ({migration.sign})"
+        if key:
+            releases = f"{first} or later ({key}), {releases}"
+        say(f"written for Axolotl {releases}, a guess by its keys; if you know the release, pass --axolotl")
     for meaning in migration.meanings():
-        say(f"since {migration.release}: {meaning}")
+        say(meaning)

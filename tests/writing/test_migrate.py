@@ -32,6 +32,7 @@ CHAT = {
     "chat_template": "jinja",
     "chat_template_jinja": CHATML,
 }
+MEAN = "a step's loss was the mean over micro batches; in 0.21 it is the mean over all tokens of the step"
 OF_2023 = """\
 base_model: models/llama
 base_model_config: models/llama
@@ -292,6 +293,7 @@ def test_packed_rows_stay_apart_as_in_the_configs_release(text, release, expecte
         pytest.param("flash_attention: true", "flash_attention", "0.16.0", id="newest"),
         pytest.param("flash_attention: true\nstrict: false", "strict", "0.8.0", id="off"),
         pytest.param("flash_attention: true\nmax_packed_sequence_len:", "flash_attention", "0.16.0", id="empty"),
+        pytest.param("strict: false\nqat:", "strict", "0.10.0", id="left-over"),
     ],
 )
 def test_the_release_is_guessed_from_the_keys(text, sign, release):
@@ -306,9 +308,28 @@ def test_a_comment_of_an_old_files_author_does_not_hide_its_age(place):
 
 def test_a_meaning_that_no_key_restores_is_told():
     migration = migrate.migrate(OldConfig(Path("old.yml"), "gradient_accumulation_steps: 4", release="0.4.1"))
-    assert migration.meanings() == [
-        "a step's loss was the mean over micro batches; in 0.21 it is the mean over all tokens of the step"
-    ]
+    assert migration.meanings() == [f"since 0.4.1: {MEAN}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        pytest.param("sdp_attention: true", ["0.5.0: MEAN", "0.10.0: EPOCH", "0.16.0: TF32"], id="no-lower-bound"),
+        pytest.param("sdp_attention: true\nlora_mlp_kernel: true", ["0.10.0: EPOCH", "0.16.0: TF32"], id="newer-key"),
+        pytest.param("eot_tokens: [a]", ["0.10.0: EPOCH", "0.16.0: TF32"], id="no-upper-bound"),
+        pytest.param("tf32: true\nstreaming: true\neval_strategy: epoch", [], id="stated"),
+    ],
+)
+def test_each_change_within_the_range_of_a_guess_is_told(text, changes):
+    settings = "gradient_accumulation_steps: 4\ntest_datasets: [{path: x}]\nbf16: true\noptimizer: sgd\n"
+    texts = {"MEAN": MEAN, "EPOCH": "held-out rows were scored after each epoch (eval_strategy: epoch)"}
+    texts["TF32"] = "tf32 was off (tf32: false)"
+    old = OldConfig(Path("old.yml"), settings + text, is_current="sdp" not in text, sign="no key of an older release")
+    expected = []
+    for change in changes:
+        before, name = change.split(": ")
+        expected.append(f"if it was written before {before}: {texts[name]}")
+    assert migrate.migrate(old).meanings() == expected
 
 
 VICUNA = (
@@ -469,8 +490,8 @@ def test_a_config_of_2023_becomes_a_variant_that_passes_the_check(place, recipe)
     (place / "old.yml").write_text(OF_2023)
     done = recipe.ok("new", "mine", "--from", "old.yml")
     assert done.stderr.splitlines()[0] == (
-        "Axolotl 0.3.0 is a guess, from base_model_config; the split of the rows and other defaults depend on it: "
-        "if you know it, pass --axolotl"
+        "written for Axolotl 0.3.0 or earlier (base_model_config), a guess by its keys; if you know the release, "
+        "pass --axolotl"
     )
     config = yamlfiles.read_yaml(place / "variants/mine.yaml")
     former = yamlfiles.read_yaml(place / "old.yml")
@@ -787,6 +808,6 @@ def test_a_file_without_old_keys_counts_as_current_which_is_said(place, recipe):
     (place / "mine.yml").write_text("\n".join(lines))
     done = recipe.ok("new", "mine", "--from", "mine.yml")
     assert done.stderr.splitlines()[0] == (
-        f"Axolotl {migrate.supported()} is a guess, from no key of an older release; the split of the rows and other "
-        "defaults depend on it: if you know it, pass --axolotl"
+        f"written for Axolotl {migrate.supported()} or earlier (no key of an older release), a guess by its keys; "
+        "if you know the release, pass --axolotl"
     )
