@@ -97,9 +97,6 @@ def check_request(
         report = check_config(composed, gpu, request.gpus, launching, data, ask_hub=True)
         report.name = request.name
         override_errors(report.findings, request.force)
-        for finding in report.findings:
-            if finding.rule == "not-prepared" and not (launching or data):
-                finding.level = "warning"  # the config is correct; only a run needs the data
         report.add([])  # sorts the findings again, because levels have changed
     except UserError as error:
         report.add([_unreadable(request.name, error)])
@@ -167,6 +164,7 @@ def check_config(
     launching: bool = False,
     data: bool = False,
     ask_hub: bool = False,
+    needs_data: bool = False,
 ) -> Report:
     """Report of all findings of the schema and the rules, with file and line.
 
@@ -175,6 +173,7 @@ def check_config(
         launching: a run is about to start here.
         data: also read the rows.
         ask_hub: also ask the hub about a base model that is not on this machine; always done before a run.
+        needs_data: rows will be read, as with `launching` and `data`.
 
     Raises:
         UserError: the recipe's study.yaml is malformed.
@@ -183,7 +182,9 @@ def check_config(
     gpu = None if composed.rehearsal else gpu
     of_schema = list(schema.findings(composed.config))
     usable, wrong = schema.usable(composed.config, of_schema)
-    case = Case(composed.config, usable, wrong, gpu, gpus, launching, ask_hub or launching, composed.differences)
+    ask_hub |= launching
+    needs_data |= launching or data
+    case = Case(composed.config, usable, wrong, gpu, gpus, launching, ask_hub, needs_data, composed.differences)
     report = Report(composed.recipe, composed)
     report.add(placed([*of_schema, *rule_findings(case), *_run_findings(case, composed)], composed))
     if data:
@@ -245,7 +246,7 @@ def tokens_of(request: Request, count: int) -> list[Row]:
         UserError: the config has errors, or its data or tokenizer is missing.
     """
     composed = compose.compose(request)
-    refuse(check_config(composed).findings, request.force)
+    refuse(check_config(composed, needs_data=True).findings, request.force)
     _need_tokenizer(composed, "--show-tokens", ", or add --rehearse for a small model's tokenizer")
     with importing_axolotl():
         from . import token_lengths

@@ -39,7 +39,7 @@ def not_prepared(case: Case) -> Problems:
             if remedy and remedy not in remedies:  # it prepares all files of its study
                 remedies.add(remedy)
                 problem = f"{paths.shown(file)} is not prepared yet"
-                yield "error", f"{dataset.key}.path", problem, f"run {remedy}{rehearse}"
+                yield case.missing_data, f"{dataset.key}.path", problem, f"run {remedy}{rehearse}"
 
 
 @rule(scope="file")
@@ -49,7 +49,7 @@ def missing_file(case: Case) -> Problems:
     Axolotl's validation does not check that a DeepSpeed file exists (seen).
     """
     for dataset in datafiles.datasets(case.config):
-        yield from _file_problems(f"{dataset.key}.path", dataset.entry)
+        yield from _file_problems(case, f"{dataset.key}.path", dataset.entry)
     for key in datafiles.missing_paths(case.config):
         path = Path(case[key])
         problem = f"{paths.shown(path)} {paths.absence(path)}"
@@ -67,7 +67,7 @@ def _deepspeed_profile(config: Config) -> str:
     return profile
 
 
-def _file_problems(key: str, entry: Config) -> Problems:
+def _file_problems(case: Case, key: str, entry: Config) -> Problems:
     """Problems with the files of a data set; the key is that of its path."""
     name = entry.get("path")
     files = datafiles.local_files(entry)
@@ -80,7 +80,8 @@ def _file_problems(key: str, entry: Config) -> Problems:
             yield "error", key, f"{paths.shown(file)} is empty", "write rows to it, or name another file"
     for file in datafiles.missing_files(entry):
         problem = f"{paths.shown(file)} {paths.absence(file)}"
-        yield "error", key, problem, "correct the path; only data_files of a folder can be a pattern"
+        remedy = "correct the path, put the file there, or pass other rows with `recipe new --data FILE`"
+        yield case.missing_data, key, problem, f"{remedy}; only data_files of a folder can be a pattern"
 
 
 @rule()

@@ -34,6 +34,7 @@ class Case:
         gpus: the number of GPUs.
         launching: a run is about to start here, so that anything missing on this machine is an error.
         ask_hub: rules may ask the hub about a model that is not on this machine.
+        needs_data: rows will be read, so that a missing data file is an error, not a warning.
         changes: the changes by profiles, --set and a rehearsal.
     """
 
@@ -44,6 +45,7 @@ class Case:
     gpus: int = 1
     launching: bool = False
     ask_hub: bool = False
+    needs_data: bool = False
     changes: Sequence[Difference] = ()
 
     def __getitem__(self, key: str) -> Any:
@@ -70,6 +72,11 @@ class Case:
     def unread(self) -> list[str]:
         """Dotted keys that Axolotl's schema does not list, each with a dot at the end."""
         return [f"{finding.key}." for finding in schema.findings(self.written) if finding.rule in schema.UNLISTED]
+
+    @property
+    def missing_data(self) -> Level:
+        """Level of a finding about a missing data file."""
+        return "error" if self.needs_data else "warning"
 
     @property
     def attention(self) -> str:

@@ -144,10 +144,10 @@ def plan_request(
 
 
 def _add_findings(planned: Plan, findings: list[Finding]) -> None:
-    """Add notes on findings about GPU and code to a plan; a GPU that lacks a feature does not fit."""
+    """Add notes on findings about GPU, code and files to a plan; a GPU that lacks a feature does not fit."""
     lacks = []
     for finding in findings:
-        if finding.scope not in ("gpu", "code"):
+        if finding.scope not in ("gpu", "code", "file"):
             continue
         planned.notes.append(f"{finding.name}: {finding.problem}; {finding.remedy}".rstrip("; "))
         if (finding.rule, finding.level) == ("gpu-lacks", "error"):
@@ -160,8 +160,8 @@ def composed_for(request: Request, gpu: Gpu | None) -> Composed:
     """Config of a request, composed for a GPU if one is given.
 
     Raises:
-        UserError: the config has an error that prevents a plan, names a missing file, or has a secret that the output
-            would reveal.
+        UserError: the config has an error that prevents a plan, names a missing file other than data, or has a secret
+            that the output would reveal.
     """
     composed = compose(request, gpu)
     findings = check.check_config(composed, gpus=request.gpus).findings

@@ -241,7 +241,8 @@ def _findings(run_dir: RunDir, record: Run) -> list[Finding]:
         profiles=record.profiles,
         rehearsal=record.rehearsal,
     )
-    report = check.check_config(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
+    launching = not record.rehearsal
+    report = check.check_config(composed, gpus.here(), record.ranks, launching, needs_data=True)
     plan.add_memory_finding(report, gpus.here(), record.ranks, trace=True)
     return report.findings
 

@@ -19,7 +19,7 @@ from ..base.yamlfiles import Config
 from ..check import check
 from ..check.check import Report
 from ..config import compose, datafiles, keys, merging, models
-from ..config.finding import refuse
+from ..config.finding import Finding, refuse
 from ..config.merging import Override
 from ..config.origin import Header, origin_of
 from . import migrate, own_rows
@@ -131,7 +131,7 @@ def create(request: VariantRequest) -> WrittenVariant:
         report = check.check_config(composed, data=rows is not None, ask_hub=request.model is not None)
         _refuse_errors(report, old)
         write(request.name, request.base, overrides, of_migration(migration, model))
-    notes = model.notes
+    notes = [*map(str, _about_files(report)), *model.notes]
     if rows:
         unread: list[str] = next((read["unread_fields"] for read in report.data), [])
         notes = [*own_rows.explanations(rows, composed.config, unread), *notes]
@@ -221,7 +221,7 @@ def _foreign_templates(recipe: Config) -> dict[str, str]:
 
 
 def _refuse_errors(report: Report, old: OldConfig) -> None:
-    """Refuse a variant with errors; foreign code and data matter only to a run.
+    """Refuse a variant with errors; foreign code matters only to a run.
 
     Of a migrated config, the errors that Axolotl finds count, too.
 
@@ -230,7 +230,12 @@ def _refuse_errors(report: Report, old: OldConfig) -> None:
     """
     if not old.is_current:
         check.add_validation([report], None)
-    refuse([finding for finding in report.findings if finding.scope != "code" and finding.rule != "not-prepared"])
+    refuse([finding for finding in report.findings if finding.scope != "code"])
+
+
+def _about_files(report: Report) -> list[Finding]:
+    """Warnings about a config's file and the files that it names."""
+    return [finding for finding in report.findings if (finding.scope, finding.level) == ("file", "warning")]
 
 
 def write(name: str, base: str, overrides: list[Override], changes: Changes = NO_CHANGES) -> Path:

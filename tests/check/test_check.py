@@ -214,15 +214,8 @@ def test_data_that_are_not_prepared_yet_are_an_error_of_a_run(recipe):
     assert errors_of(recipe.fails(*run, "--force", "no-gpu").stderr) == errors
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        (("--set", "datasets.0.path=data/codereviewer/train_mine.jsonl"), "missing-file:datasets.0.path"),
-        (("--all-rows",), "not-prepared:datasets.0.path"),
-    ],
-)
-def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(recipe, options, error):
-    assert errors_of(recipe.fails("check", NAME, *options).stdout) == [error]
+def test_data_that_are_to_be_read_now_are_an_error(recipe):
+    assert errors_of(recipe.fails("check", NAME, "--all-rows").stdout) == ["not-prepared:datasets.0.path"]
 
 
 @pytest.mark.parametrize(

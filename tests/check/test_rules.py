@@ -93,12 +93,12 @@ CASES: list[tuple[dict[str, Any], str]] = [
     (data(path="owner/rows-on-a-hub") | {"test_datasets": None, "val_set_size": 1}, "error no-data:val_set_size"),
     ({"hub_model_id": "x", "wandb_api_key": "x"}, "error secret:wandb_api_key"),
     ({"wandb_name": "https://x.org/?id=1"}, "error url-parameter:wandb_name"),
-    (data(path="gone.jsonl"), "error missing-file:datasets.0.path"),
-    (data(path="data/codereviewer/trian.jsonl"), "error missing-file:datasets.0.path"),
-    (data(path="data/codereviewer/test-subset-2.jsonl"), "error not-prepared:datasets.0.path"),
+    (data(path="gone.jsonl"), "warning missing-file:datasets.0.path"),
+    (data(path="data/codereviewer/trian.jsonl"), "warning missing-file:datasets.0.path"),
+    (data(path="data/codereviewer/test-subset-2.jsonl"), "warning not-prepared:datasets.0.path"),
     (data(path="empty.jsonl"), "error missing-file:datasets.0.path"),
-    (data(path="data/codereviewer/t*.jsonl"), "error missing-file:datasets.0.path"),
-    (data(path="json", data_files="data/codereviewer/t*.jsonl"), "error missing-file:datasets.0.path"),
+    (data(path="data/codereviewer/t*.jsonl"), "warning missing-file:datasets.0.path"),
+    (data(path="json", data_files="data/codereviewer/t*.jsonl"), "warning missing-file:datasets.0.path"),
     *(
         (
             {"datasets": [DATA | trained], "test_datasets": [DATA | tested], "val_set_size": None},

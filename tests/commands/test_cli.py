@@ -76,8 +76,8 @@ MISTAKES = [
     (
         f"run {NAME} --rehearse --set datasets.0.path=good-trian.jsonl",
         "--set datasets.0.path=good-trian.jsonl: error: datasets.0.path: good-trian.jsonl does not exist; "
-        "did you mean good-train.jsonl?; correct the path; only data_files of a folder can be a pattern "
-        "[missing-file:datasets.0.path]",
+        "did you mean good-train.jsonl?; correct the path, put the file there, or pass other rows with `recipe "
+        "new --data FILE`; only data_files of a folder can be a pattern [missing-file:datasets.0.path]",
     ),
     ("run cycle.yaml", "cycle.yaml: too large or nested too deeply for a config; remove values or aliases (*name)"),
     (f"run {NAME} --nodes 2", "--nodes 2: add --on slurm, which starts the run on each node"),
