@@ -47,6 +47,11 @@ ROWS = {"path": "owner/rows", "type": "alpaca"}
         ({"trust_remote_code": True}, "foreign-code:trust_remote_code"),
         ({"trust_remote_code": 1}, "foreign-code:trust_remote_code"),
         ({"use_kernels": True}, "foreign-code:use_kernels"),
+        # its nearest class has neither key
+        (
+            {"datasets": [{"type": "_synthetic", "length": 1, "trust_remote_code": True}]},
+            "foreign-code:datasets.0.trust_remote_code",
+        ),
         ({"datasets": [ROWS | {"trust_remote_code": True}]}, "foreign-code:datasets.0.trust_remote_code"),
         (
             {"overrides_of_model_kwargs": {"allow_all_kernels": True}},
