@@ -335,11 +335,14 @@ class Migration:
         return "vicuna_v1.1"
 
     def remove_unread(self) -> None:
-        """Remove keys that Axolotl does not read, so that what they seem to ask for is not taken for what happened."""
+        """Remove keys that Axolotl does not read."""
         for finding in schema.findings(self.config):
             value = merging.value_at(self.config, finding.key)
+            reason = finding.problem
+            if finding.key != finding.top_key:  # the comment in the variant is on the top-level key
+                reason = f"{merging.last_key(finding.key)}: {reason}"
             if finding.rule in ("unknown-key", "plugin-key") and value is not None:
-                self.replace(KeyChange(finding.key, value, finding.key, None, finding.problem))
+                self.replace(KeyChange(finding.key, value, finding.key, None, reason))
 
     def _template(self, name: str, template: str) -> str:
         """A template with the system prompt (ef22351: src/axolotl/cli/train.py:45-59), and BOS only if it was there."""

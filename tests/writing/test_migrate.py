@@ -236,13 +236,16 @@ def test_defaults_of_optimizer_and_precision_are_stated():
 
 
 def test_an_unread_key_has_its_reason():
-    text = "data_seed: 1\nlora_rr: 1\nmax_seq_length: 8\npush_to_hub_model_id: x\nliger_rope: true"
+    text = "data_seed: 1\nlora_rr: 1\nmax_seq_length: 8\npush_to_hub_model_id: x\nliger_rope: true\n"
+    text += "datasets: [{path: x, train_on_split: train, foo: 1}]"
     assert migrate.migrate(OldConfig(Path("old.yml"), text, release="0.21.0")).reasons() == {
         "data_seed": "no release of Axolotl reads it; it is seed here",
         "lora_rr": "unknown to Axolotl; did you mean lora_r or lora_dropout?",
         "max_seq_length": "no release of Axolotl reads it; it is sequence_len here",
         "push_to_hub_model_id": "Axolotl 0.4.0 is the last release that reads it",
         "liger_rope": "ignored unless plugins lists axolotl.integrations.liger.LigerPlugin",
+        "datasets": "train_on_split: no release of Axolotl reads it; it is split of the data set here; "
+        "foo: no release of Axolotl reads it",
     }
 
 
