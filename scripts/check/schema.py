@@ -133,7 +133,9 @@ def _unknown_key(error: Any, start: str, key: str, foreign: list[str]) -> Findin
         return _finding("warning", "foreign-key", key, problem, f"does it belong to {foreign[0]}?")
     if not unread.is_known and get_close_matches(key, names, n=1, cutoff=_MISSPELT):
         return _finding("error", "unknown-key", f"{start}{key}", f"unknown to Axolotl{did_you_mean(key, names)}")
-    level: Level = "error" if unread.is_refused else "warning"
+    level: Level = "warning"
+    if unread.is_refused and error.instance[key]:
+        level = "error"
     return _finding(level, "unknown-key", f"{start}{key}", unread.reason, "correct or delete the key")
 
 

@@ -39,6 +39,11 @@ def findings_of(change: yamlfiles.Config) -> list[str]:
             "[unknown-key:fsdp]",
         ),
         (
+            {"fsdp": False},
+            "warning: fsdp: Axolotl 0.18.0 is the last release that reads it; correct or delete the key "
+            "[unknown-key:fsdp]",
+        ),
+        (
             {"landmark_attention": True},
             "warning: landmark_attention: Axolotl 0.3.0 is the last release that reads it; correct or delete the key "
             "[unknown-key:landmark_attention]",
