@@ -80,7 +80,7 @@ def changed(text: str, release: str) -> Config:
         pytest.param("debug:", {"debug": None}, id="empty"),
         pytest.param("base_model: x\nbase_model_config: x", {"base_model_config": None}, id="config-of-the-model"),
         pytest.param("base_model: x\nbase_model_config: y", {}, id="config-of-another-model"),
-        pytest.param("strict: false", {"strict": None}, id="off"),
+        pytest.param("strict: false\ndeepspeed: false", {"strict": None, "deepspeed": None}, id="off"),
         pytest.param("is_llama_derived_model: true", {"is_llama_derived_model": None}, id="without-effect"),
         pytest.param(
             "flash_attention: true", {"flash_attention": None, "attn_implementation": "flash_attention_2"}, id="flash"
