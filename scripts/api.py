@@ -263,7 +263,7 @@ def results(
     where: str = "",
     sort: Sequence[str] = (),
     columns: Sequence[str] = (),
-    limit: int | None = None,
+    limit: int = -1,
 ) -> "DataFrame":
     """Table of runs; see `recipe results`.
 
@@ -272,7 +272,7 @@ def results(
         where: condition, such as `state == "finished" and lora_r >= 16`.
         sort: columns to sort by, with `-` in front for descending order.
         columns: fields, metrics and settings to show.
-        limit: maximum number of runs.
+        limit: maximum number of runs; -1 for all.
 
     Raises:
         UserError: a name matches no run, or a column is unknown.
