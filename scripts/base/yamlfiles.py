@@ -14,9 +14,12 @@ import yaml
 
 from .errors import UserError
 from .files import reading
-from .secrets import MASK, masked_comments, names_secret
+from .secrets import MASK, masked_comments, names_secret, without_secrets
 
 Config = dict[str, Any]
+
+
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.CSafeLoader):
@@ -28,7 +31,7 @@ class _Loader(yaml.CSafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+            if key.value in seen and key.tag != _MERGE:
                 twice = f"the key {key.value} occurs twice; delete one"
                 raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key.value, str) else id(key))
@@ -197,12 +200,64 @@ _CARDS_CONFIG = re.compile(
 
 
 def recipe_text(file: Path) -> str:
-    """A YAML file's content; of a model card, the config that Axolotl wrote into it, at the same lines.
+    """A config's text, in which the last value of each key remains, as for Axolotl, at the same lines.
 
     Raises:
-        UserError: see `read_text`, or a card has no config.
+        UserError: see `read_text`, or a card has no config, or the text is too large.
     """
-    text = read_text(file)
+    return _last_values(_whole_text(file), file)[0]
+
+
+def duplicates(file: Path) -> list[str]:
+    """Keys of a config that have two different values, with both; errors as for `recipe_text`."""
+    return _last_values(_whole_text(file), file)[1]
+
+
+_REST = re.compile(r"(:\s*\*[^\s,]+)?,?([ \t]*#.*)?")
+"""What can follow an entry: an alias as its value, a comma within braces, a comment."""
+
+
+@lru_cache(maxsize=8)
+def _last_values(text: str, file: Path) -> tuple[str, list[str]]:
+    """YAML text with spaces for all but the last value of each key, and the keys with two different values."""
+    try:
+        require_small(text, file)
+        entries = list(_entries(_composed(text)))
+    except yaml.YAMLError:  # `parse` reports it
+        return text, []
+    last = {key: (name, value) for key, name, value in entries}
+    differing = []
+    end = 0
+    for key, name, value in entries:
+        start = name.start_mark
+        if last[key][0] is name or start.index < end or name.tag == _MERGE:
+            continue
+        end = max(name.end_mark.index, value.end_mark.index)  # an alias ends at its anchor
+        end = next(_REST.finditer(text, end)).end()
+        text = text[: start.index] + re.sub(".", " ", text[start.index : end]) + text[end:]
+        values = [without_secrets(yaml.CSafeLoader("").construct_document(node), key) for node in (value, last[key][1])]
+        if values[0] != values[1]:
+            first, final = map(write_flow, values)
+            differing.append(f"{key} {first:.60} (line {start.line + 1}), then {final:.60}")
+    return text, differing
+
+
+def _entries(node: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key, name and value of each entry below a YAML node; in a list, both nodes are the item."""
+    pairs: list[Any] = []
+    if isinstance(node, yaml.MappingNode):
+        pairs = [(name.value, name, value) for name, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        pairs = [(index, item, item) for index, item in enumerate(node.value)]
+    for label, name, value in pairs:
+        dotted = f"{key}.{label}".lstrip(".")
+        yield dotted, name, value
+        yield from _entries(value, dotted)
+
+
+def _whole_text(file: Path) -> str:
+    """A YAML file's content; of a model card, the config that Axolotl wrote into it, at the same lines."""
+    text = read_text(file).removeprefix("\ufeff")
     if file.suffix != ".md":
         return text
     block = _CARDS_CONFIG.search(text)
@@ -235,7 +290,7 @@ def card_figures(file: Path) -> dict[str, str]:
 
 
 def read_yaml(file: Path, loader: type[yaml.CSafeLoader] = _Loader) -> Config:
-    """The mapping in a YAML file, or in a model card.
+    """The mapping in a YAML file of this project, in which no key occurs twice.
 
     Args:
         file: the file.
@@ -244,7 +299,12 @@ def read_yaml(file: Path, loader: type[yaml.CSafeLoader] = _Loader) -> Config:
     Raises:
         UserError: the file cannot be read, is not YAML (with the line), or is not a mapping.
     """
-    return parse_mapping(recipe_text(file), file, loader)
+    return parse_mapping(read_text(file), file, loader)
+
+
+def read_recipe(file: Path) -> Config:
+    """The mapping in a config or model card, perhaps of somebody else; see `recipe_text`."""
+    return parse_mapping(recipe_text(file), file)
 
 
 def parse_mapping(text: str, file: Path, loader: type[yaml.CSafeLoader] = _Loader) -> Config:
@@ -259,27 +319,18 @@ def masked_yaml(file: Path) -> str:
     """Text of a YAML file, with secrets masked by key, also in comments, and by value.
 
     Raises:
-        UserError: see `read_yaml`.
+        UserError: see `read_recipe`.
     """
-    read_yaml(file)
-    text = recipe_text(file).removeprefix("\ufeff")
-    for start, end in sorted(set(_secret_parts(_composed(text))), reverse=True):
+    read_recipe(file)
+    text = recipe_text(file)
+    spans = set()  # a set, because an alias repeats its anchor's
+    for key, _, value in _entries(_composed(text)):
+        if isinstance(value, yaml.ScalarNode) and names_secret(key):
+            spans.add((value.start_mark.index, value.end_mark.index))
+    for start, end in sorted(spans, reverse=True):
         ending = "\n" if text[start:end].endswith("\n") else ""
         text = text[:start] + MASK + ending + text[end:]
     return masked_comments(text)
-
-
-def _secret_parts(node: Any, key: str = "") -> Iterator[tuple[int, int]]:
-    """Start and end of each scalar below a key that names a secret."""
-    if isinstance(node, yaml.ScalarNode):
-        if names_secret(key):
-            yield node.start_mark.index, node.end_mark.index
-        return
-    for item in node.value:
-        if isinstance(node, yaml.MappingNode):
-            yield from _secret_parts(item[1], f"{key}.{item[0].value}".lstrip("."))
-        else:
-            yield from _secret_parts(item, key)
 
 
 def sources(file: Path) -> dict[str, str]:

@@ -15,8 +15,9 @@ from ..base.processes import package_version
 from ..base.yamlfiles import Config
 from ..config import compose, datafiles, models, substitution
 from ..config.compose import Composed, Request
-from ..config.finding import LEAKED, LEVELS, NO_BATCH, Finding, override_errors, refuse, remaining_errors
+from ..config.finding import LEAKED, LEVELS, NO_BATCH, Finding, Level, override_errors, refuse, remaining_errors
 from ..config.gpus import Gpu
+from ..config.origin import header_of
 from ..config.training_settings import TrainingSettings
 from ..data import studies
 from ..training import validation
@@ -196,7 +197,8 @@ def check_config(
 
 
 def _run_findings(case: Case, composed: Composed) -> Iterator[Finding]:
-    """Findings about the profiles, the GPU and the warm-up of a run."""
+    """Findings about the file, the profiles, the GPU and the warm-up of a run."""
+    yield from _duplicate_keys(composed.recipe_file)
     for why, changes in composed.incompatible.items():
         problem = f"the profile leaves out or changes {', '.join(changes)}, because {why}"
         yield Finding("note", "unfit", "", problem, rule_scope="gpu")
@@ -207,6 +209,15 @@ def _run_findings(case: Case, composed: Composed) -> Iterator[Finding]:
         yield Finding("error", "no-gpu", "", problem, "add --rehearse for a trial", rule_scope="machine")
     if not case.wrong:  # steps cannot be counted with values that break the schema
         yield from _fixed_warm_up(composed, case.gpus)
+
+
+def _duplicate_keys(file: Path) -> Iterator[Finding]:
+    """Keys that occur twice in a file: an error in a recipe or variant, a warning in a config of somebody else."""
+    duplicates = "; ".join(map(str, yamlfiles.duplicates(file)))
+    if duplicates:
+        level: Level = "error" if header_of(file).name else "warning"
+        problem = f"keys occur twice, and Axolotl takes the last value: {duplicates}"
+        yield Finding(level, "duplicate-key", "", problem, "delete the others", rule_scope="file")
 
 
 def _fixed_warm_up(composed: Composed, gpus: int) -> Iterator[Finding]:

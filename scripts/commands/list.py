@@ -138,7 +138,7 @@ def show_command(name: Name, json: Json = False) -> None:
     """Print a recipe's YAML, with the source of each setting."""
     recipe, file = paths.find_recipe(name)
     if json:
-        tables.print_json({"recipe": recipe, "config": yamlfiles.read_yaml(file)})
+        tables.print_json({"recipe": recipe, "config": yamlfiles.read_recipe(file)})
     else:
         print(harmless(yamlfiles.masked_yaml(file)).lstrip("\n"), end="")
 

@@ -109,7 +109,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
         UserError: a name or file is wrong, or a change cannot be merged into the recipe.
     """
     recipe, file = paths.find_recipe(request.name)
-    content = yamlfiles.read_yaml(file)
+    content = yamlfiles.read_recipe(file)
     origin = origin_of(recipe, file) or recipe
     built_in = content
     if origin != recipe:

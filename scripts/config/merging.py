@@ -261,4 +261,4 @@ def recipe_content(name: str) -> Config:
     Raises:
         UserError: no recipe or several recipes match, or the file is malformed.
     """
-    return yamlfiles.read_yaml(paths.find_recipe(name)[1])
+    return yamlfiles.read_recipe(paths.find_recipe(name)[1])

@@ -102,7 +102,7 @@ def preview(request: Request, backend: Backend) -> str:
     """
     composed = compose_and_check(request, backend)
     log_differences(composed)
-    recipe = yamlfiles.read_yaml(composed.recipe_file)  # show the recipe's own output folders, for plain Axolotl
+    recipe = yamlfiles.read_recipe(composed.recipe_file)  # show the recipe's own output folders, for plain Axolotl
     config = composed.config | {key: recipe[key] for key in keys.affecting("run") if key in recipe}
     folder = RunDir(paths.runs() / composed.recipe / stamped("dry-run"))
     return backend.preview(_training(composed, request, config, lambda: folder))

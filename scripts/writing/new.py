@@ -260,7 +260,7 @@ def variant_text(name: str, folder: Path, base: str, overrides: list[Override], 
     base_name, base_file = paths.find_recipe(base)
     if base_name not in (*paths.recipe_names(), *paths.variant_names()):
         base_name = paths.shown(base_file)
-    text = yamlfiles.recipe_text(base_file)
+    text = re.sub(r"(?m)^ +\n", "", yamlfiles.recipe_text(base_file))  # places of duplicate keys
     config, sources = yamlfiles.parse(text, str(base_file)), _sources(overrides, other)
     if "output_dir" in config:  # plain Axolotl keeps the base recipe's output
         overrides, sources["output_dir"] = [*overrides, Override("output_dir", f"outputs/{name}")], None

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.base.yamlfiles import parse, recipe_text, write_setting
+from qlora_recipes.base.yamlfiles import duplicates, parse, read_recipe, recipe_text, write_setting
 from qlora_recipes.run.backends import slurm_cluster
 
 TOO_LARGE = "too large or nested too deeply for a config; remove values or aliases (*name)"
@@ -128,3 +128,54 @@ def test_a_written_setting_is_read_as_it_was(text):
     for value in (text, [{"path": text, "roles": {"user": [text]}}], {"a": text}):
         first, *lines = write_setting("key", value)
         assert parse("\n".join(["a: 1", f"{first}  # comment", *lines, "b: 2"])) == {"a": 1, "key": value, "b": 2}
+
+
+TWICE = """\
+lora_r: 8  # low
+lora_alpha: 16
+targets:
+  - q_proj
+  # the other
+  - v_proj
+datasets:
+  - path: a.jsonl
+    type: alpaca
+    path: b.jsonl
+tokens: {pad_token: <unk>, pad_token: </s>}
+bf16: &on true
+tf32: *on
+hub_token: first
+hub_token: second
+lora_alpha: 16
+targets: [k_proj]
+lora_r: 16
+lora_r: 32
+tf32: false
+"""
+LAST = {
+    "datasets": [{"type": "alpaca", "path": "b.jsonl"}],
+    "tokens": {"pad_token": "</s>"},
+    "bf16": True,
+    "hub_token": "second",
+    "lora_alpha": 16,
+    "targets": ["k_proj"],
+    "lora_r": 32,
+    "tf32": False,
+}
+
+
+def test_the_last_value_of_a_key_counts_and_both_are_listed_if_they_differ(tmp_path):
+    file = tmp_path / "theirs.yaml"
+    file.write_text(TWICE)
+    assert read_recipe(file) == LAST
+    assert duplicates(file) == [
+        "lora_r 8 (line 1), then 32",
+        "targets [q_proj, v_proj] (line 3), then [k_proj]",
+        "datasets.0.path a.jsonl (line 8), then b.jsonl",
+        "tokens.pad_token <unk> (line 11), then </s>",
+        "tf32 true (line 13), then false",
+        "lora_r 16 (line 18), then 32",
+    ]
+    lines = recipe_text(file).splitlines()
+    assert lines[18] == "lora_r: 32"  # at its line
+    assert len(lines) == TWICE.count("\n")

@@ -214,6 +214,18 @@ def test_data_that_are_not_prepared_yet_are_an_error_of_a_run(recipe):
     assert errors_of(recipe.fails(*run, "--force", "no-gpu").stderr) == errors
 
 
+@pytest.mark.parametrize(("header", "level"), [("", "warning"), ('# /// recipe\n# name = "x"\n# ///\n', "error")])
+def test_a_key_that_occurs_twice_is_an_error_only_in_a_recipe(place, header, level):
+    (place / "theirs.yaml").write_text(f"{header}base_model: x\nlora_r: 8\nlora_r: 16\nlora_r: 16\n")
+    report = check.check_request(Request("theirs.yaml"))
+    (finding,) = (finding for finding in report.findings if finding.rule == "duplicate-key")
+    line = header.count("\n") + 2
+    assert (finding.level, finding.problem) == (
+        level,
+        f"keys occur twice, and Axolotl takes the last value: lora_r 8 (line {line}), then 16",
+    )
+
+
 def test_data_that_are_to_be_read_now_are_an_error(recipe):
     assert errors_of(recipe.fails("check", NAME, "--all-rows").stdout) == ["not-prepared:datasets.0.path"]
 

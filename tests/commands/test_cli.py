@@ -43,7 +43,10 @@ MISTAKES = [
         "haider2024/llama-2-7b or haider2024/all-linear/code-llama-7b?",
     ),
     ("run broken.yaml", "broken.yaml:3: not valid YAML: did not find expected ',' or ']' (column 11)"),
-    ("run twice.yaml", "twice.yaml:3: not valid YAML: the key lora_r occurs twice; delete one (column 1)"),
+    (
+        f"run {NAME} --profile twice.yaml",
+        "twice.yaml:3: not valid YAML: the key lora_r occurs twice; delete one (column 1)",
+    ),
     (
         "run typo.yaml --rehearse",
         "typo.yaml:71: error: weight_decai: unknown to Axolotl; did you mean weight_decay? [unknown-key:weight_decai]",

@@ -72,7 +72,7 @@ class ReportedRun(RunResult):
         file = self.run.present_recipe
         if not file.is_file():
             return {}
-        return dict.fromkeys(yamlfiles.read_yaml(file), "the recipe") | yamlfiles.sources(file)
+        return dict.fromkeys(yamlfiles.read_recipe(file), "the recipe") | yamlfiles.sources(file)
 
     @property
     def of_other_models(self) -> dict[str, Evaluation]:
