@@ -56,7 +56,7 @@ def missing_file(case: Case) -> Problems:
         remedy = "correct the path or delete the key"
         if key == "deepspeed":
             remedy = f"correct the path, or delete the key and add --profile {_deepspeed_profile(case.config)}"
-        yield "error", key, problem, remedy
+        yield case.absent(path), key, problem, remedy
 
 
 def _deepspeed_profile(config: Config) -> str:
@@ -72,7 +72,7 @@ def _file_problems(case: Case, key: str, entry: Config) -> Problems:
     name = entry.get("path")
     files = datafiles.local_files(entry)
     if not name:
-        yield "error", key, f"{name!r} is not a path", "give a file, a folder or a data set on the hub"
+        yield case.missing_data, key, f"{name!r} is not a path", "give a file, a folder or a data set on the hub"
     elif Path(name).is_dir() and not files:
         yield "error", key, f"the folder {paths.shown(Path(name))} is empty", "put rows into it"
     for file in files:

@@ -31,17 +31,17 @@ def missing_special_token(case: Case) -> Problems:
     """Axolotl adds a missing token with a new embedding row, which LoRA does not train (loaders/tokenizer.py).
 
     Nor for the list additional_special_tokens, of which Axolotl trains without a word on untrained rows (seen).
-    For a padding token, the untrained row does not matter, because padding carries no loss. But the row must be added
-    to the base model before the adapter is loaded; otherwise PEFT fails (seen).
+    The row must be added to the base model before the adapter is loaded; otherwise PEFT fails (seen). Only without a
+    trained row of eos_token does the model not learn to stop.
     """
     pattern = case.model.special_tokens
-    if not pattern or set(models.TRAINABLE) <= set(listed(case.config, "lora_modules_to_save")):
+    if not (pattern and case.lora) or set(models.TRAINABLE) <= set(listed(case.config, "lora_modules_to_save")):
         return
     for name, value in (case["special_tokens"] or {}).items():
         tokens = value if isinstance(value, list) else [value]
         unknown = [str(token) for token in tokens if token and not re.fullmatch(pattern, str(token))]
         if unknown:
-            level: Level = "warning" if name == "pad_token" else "error"
+            level: Level = "error" if name == "eos_token" else "warning"
             problem = (
                 f"{', '.join(unknown)} is not a special token of this model: Axolotl adds it with a new embedding row; "
                 "LoRA does not train that row, and loading the adapter requires adding it to the base model"
@@ -60,7 +60,7 @@ def tied_embeddings(case: Case) -> Problems:
     """
     if models.lost_in_merge(case.config | {"lora_target_modules": None}, case.architecture):
         problem = "lm_head is tied to embed_tokens in this model: trained apart, only embed_tokens outlives a merge"
-        yield "error", "lora_modules_to_save", problem, "set peft_ensure_weight_tying: true"
+        yield "warning", "lora_modules_to_save", problem, "set peft_ensure_weight_tying: true"
 
 
 @rule()
@@ -92,14 +92,14 @@ def _access(case: Case, key: str, model: models.Model, is_here: bool) -> Problem
         yield "error", key, f"{name} contains no weights", "give a folder that save_pretrained wrote"
     elif models.is_path(name):
         problem = f"{name} {paths.absence(Path(name))}"
-        yield "error", key, problem, "give a folder, or a model on the hub as owner/name"
+        yield case.absent(Path(name)), key, problem, "give a folder, or a model on the hub as owner/name"
     else:
         yield from _hub_access(case, key, name, model)
 
 
 def _hub_access(case: Case, key: str, name: str, model: models.Model) -> Problems:
     """Problems with access to a model on the hub."""
-    level: Level = "error" if case.launching else "warning"
+    level = case.absent(Path(name))
     if hub.is_offline():
         yield level, key, f"{name} is not cached, and HF_HUB_OFFLINE is set", "fetch the model first"
     elif model.gated and not hub.has_token():
@@ -163,7 +163,9 @@ def unknown_lora_target(case: Case) -> Problems:
 def _unknown_targets(case: Case, linear: tuple[str, ...]) -> Problems:
     """Targets that match no layer of the model, whose linear layers have these names."""
     layers = _layer_names(linear, case.model.layers or 1000)
-    for key, name, pattern in _target_patterns(case["lora_target_modules"]):
+    targets = [*_target_patterns(case["lora_target_modules"])]
+    unknown = []
+    for key, name, pattern in targets:
         try:
             with bounded(pattern):
                 is_layer = any(re.fullmatch(pattern, layer) for layer in layers)
@@ -171,8 +173,12 @@ def _unknown_targets(case: Case, linear: tuple[str, ...]) -> Problems:
             yield "error", key, f"{name} is not a usable regular expression: {error}", "use a list of names"
             return
         if not is_layer:
-            hint = did_you_mean(name, linear) or f"; choose from {', '.join(linear)}"
-            yield "error", key, f"no layer of this model is called {name}{hint}", ""
+            unknown.append((key, name))
+    for key, name in unknown:
+        near = did_you_mean(name, linear)
+        level: Level = "error" if near or len(unknown) == len(targets) else "warning"
+        hint = near or f"; choose from {', '.join(linear)}"
+        yield level, key, f"no layer of this model is called {name}{hint}", ""
 
 
 def _layer_names(linear: tuple[str, ...], count: int) -> list[str]:
@@ -236,7 +242,7 @@ def changed_base(case: Case) -> Problems:
 def not_quantized(case: Case) -> Problems:
     """Axolotl quantizes to 4 bits only for the adapters qlora and mixlora (axolotl/loaders/model.py)."""
     if case["adapter"] == "lora" and case["load_in_4bit"]:
-        yield "error", "adapter", "lora ignores load_in_4bit: the base stays in 16 bits", "set adapter: qlora"
+        yield "warning", "adapter", "lora ignores load_in_4bit: the base stays in 16 bits", "set adapter: qlora"
 
 
 @rule()
@@ -245,4 +251,4 @@ def overridden_targets(case: Case) -> Problems:
     targets = set(listed(case.config, "lora_target_modules"))
     if case["lora_target_linear"] and targets - set(models.TRAINABLE):
         problem = "adapts all linear layers, not only those of lora_target_modules"
-        yield "error", "lora_target_linear", problem, "delete one of the two keys"
+        yield "warning", "lora_target_linear", problem, "delete one of the two keys"

@@ -6,10 +6,12 @@ docstring of a rule gives the reason and the evidence; "seen" means observed wit
 Rules can assume a config that follows the schema, because values that break the schema are removed first.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from ..base.registry import Registry
@@ -72,6 +74,10 @@ class Case:
     def unread(self) -> list[str]:
         """Dotted keys that Axolotl's schema does not list, each with a dot at the end."""
         return [f"{finding.key}." for finding in schema.findings(self.written) if finding.rule in schema.UNLISTED]
+
+    def absent(self, path: Path) -> Level:
+        """Level of a finding about a path: what this machine only lacks, another one may have."""
+        return "error" if self.launching or os.path.lexists(path) else "warning"
 
     @property
     def missing_data(self) -> Level:

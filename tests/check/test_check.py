@@ -7,10 +7,10 @@ import pytest
 import yaml
 from conftest import config_with, typed
 
+from qlora_recipes import api
 from qlora_recipes.base import hub, paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.check import check, settings_rules
-from qlora_recipes.commands import check as command
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import MIRROR, Composed, Request
 from qlora_recipes.config.finding import Finding, refuse
@@ -137,7 +137,7 @@ def test_what_is_too_big_for_a_card_is_an_error(place, tiny):
     line = (place / "tiny.yaml").read_text().splitlines()[finding.line - 1]
     assert line.partition(":")[0] == "micro_batch_size"
     assert findings_for(small) == [finding]  # from the cache
-    (report,) = command._checked([Request("tiny.yaml", force=[finding.name])], small, False, True)
+    (report,) = api.reports([Request("tiny.yaml", force=[finding.name])], small, False, True)
     assert [warning.level for warning in report.findings] == ["warning"]
     assert findings_for(large) == []
     engine = {"deepspeed": "zero3_offload.json"}

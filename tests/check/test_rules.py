@@ -79,13 +79,13 @@ def data(**change: Any) -> dict[str, Any]:
 MESSAGES = Path(__file__).with_name("messages_of_rules.txt")
 # what is changed in a recipe, and the level and name of the one finding that it gives
 CASES: list[tuple[dict[str, Any], str]] = [
-    ({"lora_target_linear": True}, "error overridden-targets:lora_target_linear"),
+    ({"lora_target_linear": True}, "warning overridden-targets:lora_target_linear"),
     ({"save_only_model": True}, "warning cannot-resume:save_only_model"),
     ({"saves_per_epoch": 5, "save_total_limit": None}, "note deleted-checkpoints:save_total_limit"),
     ({"rl": "dpo", "rl_beta": 0.0}, "error no-preference:rl_beta"),
     (
         {"special_tokens": {"additional_special_tokens": ["<tool>"]}},
-        "error missing-special-token:special_tokens.additional_special_tokens",
+        "warning missing-special-token:special_tokens.additional_special_tokens",
     ),
     ({"datasets": None}, "error no-data:datasets"),
     ({"pretraining_dataset": [DATA]}, "error no-data:pretraining_dataset"),
@@ -111,8 +111,8 @@ CASES: list[tuple[dict[str, Any], str]] = [
             ({}, {}),  # a file
         )
     ),
-    ({"deepspeed": "deepspeed_configs/zero2.json"}, "error missing-file:deepspeed"),
-    ({"deepspeed": "zero3_bf16_cpuoffload_all.json"}, "error missing-file:deepspeed"),
+    ({"deepspeed": "deepspeed_configs/zero2.json"}, "warning missing-file:deepspeed"),
+    ({"deepspeed": "zero3_bf16_cpuoffload_all.json"}, "warning missing-file:deepspeed"),
     ({"micro_batch_size": None}, "error no-batch-size:micro_batch_size"),
     ({"lora_target_modules": None, "lora_target_linear": False}, "error no-lora-targets:adapter"),
     ({"lora_target_modules": ["q_proj", "v_prj"]}, "error unknown-lora-target:lora_target_modules.1"),
@@ -136,7 +136,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "error unread-tools:datasets.0.field_tools",
     ),
     (formatted(format="Q: "), "error prompt-format:datasets.0.type.format"),
-    ({"adapter": "lora"}, "error not-quantized:adapter"),
+    ({"adapter": "lora"}, "warning not-quantized:adapter"),
     ({"peft_init_lora_weights": "pissa_niter_16"}, "error changed-base:peft_init_lora_weights"),
     (FUSED_LOSS, "error head-without-lora:liger_fused_linear_cross_entropy"),
     ({"fp16": None, "float16": True, "bf16": "auto"}, "error two-precisions:float16"),
@@ -164,7 +164,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     (TIED | {"special_tokens": {"eos_token": "<|im_end|>"}}, "error missing-special-token:special_tokens.eos_token"),
     (
         TIED | {"lora_modules_to_save": ["model.embed_tokens"], "lora_target_modules": ["q_proj", "lm_head"]},
-        "error tied-embeddings:lora_modules_to_save",
+        "warning tied-embeddings:lora_modules_to_save",
     ),
     ({"trust_remote_code": True}, "error foreign-code:trust_remote_code"),
     ({"plugins": ["mine.Plugin"]}, "error foreign-code:plugins.0"),
@@ -187,7 +187,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"plugins": [CCE]}, "warning missing-package:plugins"),
     ({"batch_size": 8}, "error batch-size:batch_size"),
     ({"full_determinism": True, "cut_cross_entropy": True}, "warning does-not-repeat:full_determinism"),
-    ({"base_model": "./models/llama"}, "error no-access:base_model"),
+    ({"base_model": "./models/llama"}, "warning no-access:base_model"),
 ]
 
 

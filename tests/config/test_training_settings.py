@@ -6,10 +6,12 @@ from qlora_recipes.config.training_settings import TrainingSettings
 
 DEFAULTS = TrainingSettings(
     micro_batch_size=1,
+    eval_batch_size=1,
     gradient_accumulation_steps=1,
     num_epochs=1,
     max_steps=0,
     sequence_len=512,
+    eval_sequence_len=512,
     sample_packing=False,
     val_set_size=0,
     seed=42,
@@ -52,6 +54,7 @@ def test_defaults_are_those_of_axolotl():
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     fields = AxolotlInputConfig.model_fields
-    other_names = {"seed", "rank", "dropout", "targets", "saved_modules"}  # a validator sets the seed
+    # a validator sets the seed; those of evaluation are those of training
+    other_names = {"seed", "rank", "dropout", "targets", "saved_modules", "eval_batch_size", "eval_sequence_len"}
     keys = vars(DEFAULTS).keys() - other_names
     assert {key: fields[key].default or None for key in keys} == {key: vars(DEFAULTS)[key] or None for key in keys}
