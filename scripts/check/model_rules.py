@@ -133,7 +133,9 @@ def unknown_model(case: Case) -> Problems:
 def no_adapter(case: Case) -> Problems:
     """Without an adapter, Axolotl trains and saves the whole model; runs, evaluation and publishing need an adapter."""
     if not case.is_set("adapter"):
-        yield "error", "adapter", "not set: Axolotl would train all weights", "set lora or qlora, or use Axolotl itself"
+        level: Level = "error" if case.launching else "warning"
+        problem = "not set: Axolotl would train all weights, and `recipe run` trains only adapters"
+        yield level, "adapter", problem, "set lora or qlora, or train with Axolotl itself"
 
 
 @rule(scope="step")

@@ -9,7 +9,7 @@ from ..base.errors import UserError
 from ..base.terminal import say
 from ..config.merging import Override
 from .help import RecipeCommand, suggest
-from .options import Overrides, columns_by_field, complete_recipes, full_name, refuse_without
+from .options import Force, Overrides, columns_by_field, complete_recipes, full_name, refuse_without
 
 commands = typer.Typer(rich_markup_mode=None)
 
@@ -58,6 +58,7 @@ def new_command(
         typer.Option("--type", help="With --data: train on chats or plain prompts; default: by the model."),
     ] = None,
     set_: Overrides,
+    force: Force,
 ) -> None:
     """Write a variant of a recipe, with changed lines marked."""
     from ..config.compose import Request
@@ -68,7 +69,7 @@ def new_command(
     refuse_without("--type", type_, "--data", data)
     rows = RowsRequest(data, fields or {}, type_) if data else None
     base, settings = _base(context, from_)
-    variant = new.create(new.VariantRequest(name, base, axolotl, model, rows, [*settings, *set_]))
+    variant = new.create(new.VariantRequest(name, base, axolotl, model, rows, [*settings, *set_], force))
     print(variant.file)
     migrate.report(variant.migration)
     for note in variant.notes:

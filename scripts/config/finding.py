@@ -135,7 +135,7 @@ class Faults(dict[tuple[str, str], FaultyRows]):
             rows.first.append((file, line, example))
 
 
-_NEVER_OVERRIDDEN = ("secret", "axolotl", "")
+_NEVER_OVERRIDDEN = ("secret", "axolotl", "no-adapter", "")
 """Rules whose errors `--force` cannot override; also findings without a rule."""
 
 

@@ -19,7 +19,7 @@ from ..base.yamlfiles import Config
 from ..check import check
 from ..check.check import Report
 from ..config import compose, datafiles, keys, merging, models
-from ..config.finding import Finding, refuse
+from ..config.finding import Finding, override_errors, refuse, unknown_force
 from ..config.merging import Override
 from ..config.origin import Header, origin_of
 from . import migrate, own_rows
@@ -78,6 +78,7 @@ class VariantRequest:
         model: another base model; None to keep it.
         rows: rows to train on instead of the recipe's.
         overrides: the user's changes.
+        force: names of findings to override.
     """
 
     name: str
@@ -86,6 +87,7 @@ class VariantRequest:
     model: str | None
     rows: RowsRequest | None
     overrides: list[Override]
+    force: list[str]
 
 
 @dataclass
@@ -129,7 +131,7 @@ def create(request: VariantRequest) -> WrittenVariant:
         changes = [*migration.overrides(), *model.overrides, *overrides]
         composed = compose.compose(compose.Request(request.base, overrides=changes))
         report = check.check_config(composed, data=rows is not None, ask_hub=request.model is not None)
-        _refuse_errors(report, old)
+        _refuse_errors(report, old, request.force)
         write(request.name, request.base, overrides, of_migration(migration, model))
     notes = [*map(str, _about_files(report)), *model.notes]
     if rows:
@@ -220,16 +222,18 @@ def _foreign_templates(recipe: Config) -> dict[str, str]:
     return {key: text for key, text in texts.items() if not text.startswith(("tokenizer_default", "jinja"))}
 
 
-def _refuse_errors(report: Report, old: OldConfig) -> None:
+def _refuse_errors(report: Report, old: OldConfig, force: list[str]) -> None:
     """Refuse a variant with errors; foreign code matters only to a run.
 
-    Of a migrated config, the errors that Axolotl finds count, too.
+    Of a migrated config, the errors that Axolotl finds count, too. The names of findings in `force` are overridden.
 
     Raises:
         UserError: there are errors, each with its place in the old file.
     """
     if not old.is_current:
         check.add_validation([report], None)
+    unknown_force(force, {finding.name for finding in report.findings})
+    override_errors(report.findings, force)
     refuse([finding for finding in report.findings if finding.scope != "code"])
 
 

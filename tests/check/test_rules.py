@@ -123,7 +123,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"lora_modules_to_save": ["embd_tokens"]}, "error unknown-lora-target:lora_modules_to_save.0"),
     ({"lora_target_modules": "a{99999999999999999999}"}, "error unknown-lora-target:lora_target_modules"),
     ({"lora_r": None}, "error no-lora-rank:adapter"),
-    ({"adapter": None, "load_in_4bit": None}, "error no-adapter:adapter"),
+    ({"adapter": None, "load_in_4bit": None}, "warning no-adapter:adapter"),
     ({"base_model": "codelama/CodeLlama-7b-hf"}, "note unknown-model:base_model"),
     (CHAT | {"chat_template_jinja": "gone.jinja"}, "error chat-template:datasets.0.type"),
     (

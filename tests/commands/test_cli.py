@@ -82,6 +82,11 @@ MISTAKES = [
         "did you mean good-train.jsonl?; correct the path, put the file there, or pass other rows with `recipe "
         "new --data FILE`; only data_files of a folder can be a pattern [missing-file:datasets.0.path]",
     ),
+    (
+        f"run {NAME} --rehearse --set adapter=null --set load_in_4bit=null --force no-adapter:adapter",
+        "--set adapter=null: error: adapter: not set: Axolotl would train all weights, and `recipe run` trains only "
+        "adapters; set lora or qlora, or train with Axolotl itself [no-adapter:adapter]",
+    ),
     ("run cycle.yaml", "cycle.yaml: too large or nested too deeply for a config; remove values or aliases (*name)"),
     (f"run {NAME} --nodes 2", "--nodes 2: add --on slurm, which starts the run on each node"),
     (f"run {NAME} --on slrum,time=1:00:00", "--on slrum: no backend is called slrum; did you mean slurm?"),

@@ -202,6 +202,46 @@ def test_a_refused_variant_is_not_written(place, recipe, arguments, message):
     assert list(place.iterdir()) == []
 
 
+def test_force_writes_a_variant_with_the_named_error(place, recipe):
+    recipe.ok("new", *MINE, "lora_rr=3", "--force", "unknown-key:lora_rr")
+    assert yamlfiles.read_yaml(place / f"variants/{MINE[0]}.yaml")["lora_rr"] == 3
+    refused = recipe.fails("new", "other", *MINE[1:], "lora_rr=3", "--force", "unknown-key:lora_r")
+    assert refused.stderr == (
+        "recipe: --force unknown-key:lora_r: this config has no such error; did you mean unknown-key:lora_rr?\n"
+    )
+
+
+THEIRS = """\
+base_model: x/y
+micro_batch_size: 1
+num_epochs: 1
+learning_rate: 0.1
+datasets:
+  - {path: gone.jsonl, type: alpaca}
+micro_batch_size: 2  # rows
+num_epochs: 1
+"""
+
+
+def test_full_fine_tuning_with_a_key_twice_and_missing_rows_becomes_a_variant(place, recipe):
+    (place / "theirs.yaml").write_text(THEIRS)
+    done = recipe.ok("new", "mine", "--from", "theirs.yaml")
+    assert done.stderr.splitlines()[1:3] == [
+        "theirs.yaml:6: warning: datasets.0.path: gone.jsonl does not exist; correct the path, put the file there, or "
+        "pass other rows with `recipe new --data FILE`; only data_files of a folder can be a pattern "
+        "[missing-file:datasets.0.path]",
+        "theirs.yaml:1: warning: keys occur twice, and Axolotl takes the last value: micro_batch_size 1 (line 2), then "
+        "2; delete the others [duplicate-key]",
+    ]
+    text = (place / "variants/mine.yaml").read_text()
+    assert text.endswith(
+        "base_model: x/y\nlearning_rate: 0.1\ndatasets:\n  - {path: gone.jsonl, type: alpaca}\n"
+        "micro_batch_size: 2  # rows\nnum_epochs: 1\n"
+    )
+    (finding,) = (one for one in recipe.json("check", "mine", "--quick")[0]["findings"] if one["rule"] == "no-adapter")
+    assert finding["level"] == "warning"
+
+
 def test_a_variant_that_is_there_is_not_overwritten(place, recipe):
     recipe("new", "mine", "--from", BASE)
     (place / "variants/mine.yaml").write_text("mine: 1\n")
