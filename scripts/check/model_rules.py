@@ -1,5 +1,6 @@
 """Rules about the base model: access, layers, tokens and context."""
 
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -19,11 +20,21 @@ from .rule import Case, Problems, rule
 
 @rule()
 def beyond_context(case: Case) -> Problems:
-    """RoPE accepts rows longer than the model's context, for which the model was never trained."""
+    """RoPE accepts rows longer than the model's context, for which the model was never trained.
+
+    In a pack, positions begin anew with each row, so that a pack may exceed the context.
+    """
     context = case.model.context
-    length = TrainingSettings.of(case.config).sequence_len
-    if context and length > context and not case.is_set("overrides_of_model_config", "model_config"):
-        yield "error", "sequence_len", f"{length} exceeds the model's context of {context} tokens", "lower it"
+    settings = TrainingSettings.of(case.config)
+    length = settings.sequence_len
+    if not context or length <= context or case.is_set("overrides_of_model_config", "model_config"):
+        return
+    remedy = f"set it to {context}"
+    if settings.sample_packing:
+        rows = math.ceil(settings.micro_batch_size * length / context)
+        remedy += f", and micro_batch_size to {rows}, for as many packed tokens"
+    problem = f"{length} exceeds the model's context of {context} tokens, beyond which it was not trained"
+    yield "warning", "sequence_len", problem, remedy
 
 
 @rule()

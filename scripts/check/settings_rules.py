@@ -339,7 +339,9 @@ def never_evaluated(case: Case) -> Problems:
     """
     timing = [key for key in _EVALUATION_KEYS if case[key] not in (None, 0, "", "no")]
     if timing and not case.is_set("test_datasets", "val_set_size"):
-        yield "error", timing[0], "no evaluation data", "set test_datasets or val_set_size, or delete the key"
+        level, effect = _without_data(case, timing[-1])
+        remedy = "set test_datasets or val_set_size, or delete the key"
+        yield level, timing[-1], f"{effect} without evaluation data", remedy
     data = case.first_set("test_datasets", "val_set_size")
     if not data or case["eval_strategy"] == "no":
         return
@@ -349,6 +351,13 @@ def never_evaluated(case: Case) -> Problems:
         yield "warning", "evals_per_epoch", "one evaluation, which Axolotl skips", "use eval_strategy: epoch instead"
     elif _is_beyond_training(case, "eval_steps"):
         yield "warning", "eval_steps", f"no evaluation: training has at most {case.steps} steps", "lower it"
+
+
+def _without_data(case: Case, timing: str) -> tuple[Level, str]:
+    """Level and effect of a time of evaluation without rows (schemas/validation.py, check_evals)."""
+    if case["val_set_size"] == 0 and timing != "evals_per_epoch":
+        return "error", "Axolotl refuses it"
+    return "warning", "has no effect"
 
 
 _EVALUATION_KEYS = ("evals_per_epoch", "eval_steps", "eval_strategy")

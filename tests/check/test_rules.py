@@ -153,12 +153,18 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED}, "error optimizer-and-parallelism:optimizer"),
     ({"optimizer": "adamw_bnb_8bit", "deepspeed": "ds.json"}, "error optimizer-and-parallelism:optimizer"),
     ({"lr_scheduler": "cosine_with_min_lr"}, "error scheduler-needs:lr_scheduler"),
-    ({"test_datasets": None}, "error never-evaluated:evals_per_epoch"),
+    ({"test_datasets": None}, "warning never-evaluated:evals_per_epoch"),
+    ({"test_datasets": None, "evals_per_epoch": None, "eval_steps": 4}, "warning never-evaluated:eval_steps"),
+    (
+        {"test_datasets": None, "evals_per_epoch": None, "eval_steps": 4, "val_set_size": 0},
+        "error never-evaluated:eval_steps",
+    ),
     ({"evals_per_epoch": None}, "warning never-evaluated:test_datasets"),
     ({"evals_per_epoch": 1, "num_epochs": 1}, "warning never-evaluated:evals_per_epoch"),
     ({"num_epochs": 2, "saves_per_epoch": None, "save_steps": 500}, "warning never-saved:save_steps"),
     ({"max_steps": 5}, "error long-warm-up:warmup_steps"),
-    ({"sequence_len": 16385}, "error beyond-context:sequence_len"),
+    ({"sequence_len": 16385}, "warning beyond-context:sequence_len"),
+    ({"sample_packing": True, "sequence_len": 32768}, "warning beyond-context:sequence_len"),
     ({"special_tokens": {"pad_token": "<pad>"}}, "warning missing-special-token:special_tokens.pad_token"),
     ({"special_tokens": {"eos_token": "<|im_end|>"}}, "error missing-special-token:special_tokens.eos_token"),
     (TIED | {"special_tokens": {"eos_token": "<|im_end|>"}}, "error missing-special-token:special_tokens.eos_token"),
@@ -479,6 +485,6 @@ def test_chats_need_a_template_of_the_tokenizer_or_the_config(tiny, place):
 def test_a_local_model_is_judged_by_its_own_files(tiny):
     local = {"base_model": str(tiny), "revision_of_model": None}
     assert findings_of(local) == []
-    assert names(local | {"sequence_len": 2049}) == ["error beyond-context:sequence_len"]
+    assert names(local | {"sequence_len": 2049}) == ["warning beyond-context:sequence_len"]
     pad = {"special_tokens": {"pad_token": "<|im_end|>"}}
     assert names(local | pad) == ["warning missing-special-token:special_tokens.pad_token"]

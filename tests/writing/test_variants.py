@@ -174,12 +174,6 @@ def test_a_variant_from_the_command_line_to_its_config(place, recipe):
             id="two-models",
         ),
         pytest.param(
-            [*MINE, "sequence_len=8192", "--model", "microsoft/Phi-3-mini-4k-instruct"],
-            "--set sequence_len=8192: error: sequence_len: 8192 exceeds the model's context of 4096 tokens; lower it "
-            "[beyond-context:sequence_len]",
-            id="beyond-context",
-        ),
-        pytest.param(
             ["x", "--from", BASE, "--model", "./nowhere"],
             "--model ./nowhere: no such folder; give a folder, or a model on the hub as owner/name",
             id="missing-folder",
