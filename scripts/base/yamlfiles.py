@@ -214,7 +214,7 @@ def duplicates(file: Path) -> list[str]:
 
 
 _REST = re.compile(r"(:\s*\*[^\s,]+)?,?([ \t]*#.*)?")
-"""What can follow an entry: an alias as its value, a comma within braces, a comment."""
+"""Rest of an entry: an alias as its value, a comma within braces, a comment."""
 
 
 @lru_cache(maxsize=8)

@@ -135,7 +135,7 @@ def tokenize_all(report: Report, request: Request) -> None:
 
 
 def add_validation(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[str] = ()) -> None:
-    """Add the findings of Axolotl's own validation to reports.
+    """Add the findings of Axolotl's own validation to reports; it does not see settings with foreign code.
 
     Args:
         reports: the reports of configs for the same GPU.
@@ -146,16 +146,24 @@ def add_validation(reports: Iterable[Report], gpu: Gpu | None, force: Sequence[s
     for report in reports:
         if report.composed is None:
             continue
-        if any(error.scope == "code" for error in remaining_errors(report.findings, force)):
-            report.skip("skipped Axolotl's own validation, because it can run that code; correct the errors first")
-        else:
-            ready.append((report, report.composed))
+        unsafe = _unsafe_keys(report, force)
+        config = {key: value for key, value in report.composed.config.items() if key not in unsafe}
+        ready.append((report, replace(report.composed, config=config)))
     results = validation.validate([composed for _, composed in ready], gpu)
     for (report, composed), findings in zip(ready, results, strict=True):
         report.validated = all(finding.rule != validation.NOT_VALIDATED for finding in findings)
         # the rules have better messages for the same mistake
         wrong = {error.top_key for error in remaining_errors(report.findings, force)} - {""}
         report.add(placed((finding for finding in findings if finding.key not in wrong), composed))
+
+
+def _unsafe_keys(report: Report, force: Sequence[str]) -> set[str]:
+    """Keys with code that Axolotl's validation could run, such as plugins; empty if the user accepts all code."""
+    code = [finding for finding in report.findings if finding.scope == "code"]
+    if not remaining_errors(code, force):
+        return set()
+    # the validation needs these names, and does not load what they name
+    return {finding.top_key for finding in code} - {"base_model", "lora_model_dir", "datasets", "test_datasets"}
 
 
 def check_config(

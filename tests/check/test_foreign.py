@@ -117,6 +117,10 @@ def test_axolotls_own_and_this_projects_are_not_foreign():
     )
 
 
+def test_the_name_of_the_base_model_is_not_code():
+    assert levels_by_name({"base_model": "owner/llama", "base_model_config": "owner/llama"}) == {}
+
+
 def test_a_deepspeed_file_is_read_and_what_is_not_json_is_an_error(place):
     (place / "mine.json").write_text('{"compile": {"backend": "mine.compile"}, "zero_optimization": {"stage": 2}}')
     assert levels_by_name({"deepspeed": "mine.json"}) == {"foreign-code:deepspeed.compile.backend": "error"}
@@ -237,6 +241,14 @@ def test_consent_leaves_a_warning_and_wrong_names_are_told(ran, recipe):
     assert not ran.exists()
     wrong = recipe.fails("check", "mine.yaml", "--force", "foreign-code:plugin.0")
     assert "foreign-code:plugins.0?" in wrong.stderr
+
+
+def test_foreign_code_does_not_hide_mistakes_that_axolotl_finds(ran, recipe):
+    wrong = ("--set", "eval_strategy=epoch", "--set", "evals_per_epoch=2", "--set", "trust_remote_code=true")
+    (report,) = recipe.json("check", "mine.yaml", *wrong, code=2)
+    errors = [finding["name"] for finding in report["findings"] if finding["level"] == "error"]
+    assert errors == ["foreign-code:plugins.0", "foreign-code:trust_remote_code", "axolotl:eval_strategy"]
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("value", ["yes please", 1])
