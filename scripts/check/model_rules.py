@@ -38,6 +38,20 @@ def beyond_context(case: Case) -> Problems:
 
 
 @rule()
+def rope_parameters(case: Case) -> Problems:
+    """Axolotl sets overrides on a complete config, to which transformers 5 then adds nothing (seen: KeyError)."""
+    key = str(case.first_set("overrides_of_model_config", "model_config"))
+    overrides = case[key] or {}
+    if "rope_theta" in overrides:
+        yield "warning", f"{key}.rope_theta", "has no effect", "write it into rope_parameters, beside rope_type"
+    for name in ("rope_parameters", "rope_scaling"):
+        parameters = overrides.get(name)
+        if isinstance(parameters, dict) and not {"rope_type", "rope_theta"} <= parameters.keys():
+            problem = "loading the model fails without rope_type and rope_theta"
+            yield "error", f"{key}.{name}", problem, "write both; rope_theta is in the model's config.json"
+
+
+@rule()
 def missing_special_token(case: Case) -> Problems:
     """Axolotl adds a missing token with a new embedding row, which LoRA does not train (loaders/tokenizer.py).
 

@@ -275,6 +275,21 @@ class Migration:
             else:
                 self.replace(KeyChange(key, value, new, change.get("value", value), change["why"]))
 
+    def update_rope(self) -> None:
+        """Turn overrides of RoPE into rope_parameters, to which transformers 5 adds nothing (seen: KeyError)."""
+        overrides = deepcopy(self.config.get("overrides_of_model_config"))
+        model = read_json(models.folder_of(self.config) / "config.json")
+        if not model or not isinstance(overrides, dict) or not {"rope_scaling", "rope_theta"} & overrides.keys():
+            return  # the check reports unknown parameters
+        former = model.get("rope_parameters") or model.get("rope_scaling") or {}
+        settings = {"rope_theta": 10000.0} | model | former | overrides
+        scaling = overrides.pop("rope_scaling", None) or former
+        parameters = scaling | {"rope_type": scaling.get("rope_type", scaling.get("type", "default"))}
+        parameters["rope_theta"] = settings["rope_theta"]
+        overrides.pop("rope_theta", None)
+        reason = "transformers 5 reads rope_parameters only, and needs all of them"
+        self.set("overrides_of_model_config", overrides | {"rope_parameters": parameters}, reason)
+
     def list_tokens(self) -> None:
         """Turn `tokens` into a list; of a mapping, older releases read the keys."""
         tokens = self.config.get("tokens")
@@ -386,11 +401,15 @@ class Migration:
         """State the defaults of the config's release where they have changed."""
         for default in tables()["defaults"]:
             if self.release < Version(default["before"]) and self._concerned(default):
-                self.set(default["key"], default["old"], f"{default['why']} (default before {default['before']})")
+                reason = f"{default['why']} (default before {default['before']})"
+                for key, value in {default["key"]: default["old"], **default.get("also", {})}.items():
+                    self.set(key, value, reason)
 
     def _concerned(self, change: Config) -> bool:
         """True if a changed default or meaning matters to this config."""
         if change.get("key") in self.config or self._has(*change.get("unless", ())):
+            return False
+        if not change.get("only", {}).items() <= self.config.items():
             return False
         if change.get("one") and len(datafiles.training_sets(self.config)) != 1:
             return False
@@ -532,6 +551,7 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
     migration.use_profile()
     migration.update_fsdp()
     migration.replace_keys()
+    migration.update_rope()
     migration.list_tokens()
     migration.leave(("upload", "tracking"))
     migration.update_datasets()

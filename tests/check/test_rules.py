@@ -87,6 +87,14 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"special_tokens": {"additional_special_tokens": ["<tool>"]}},
         "warning missing-special-token:special_tokens.additional_special_tokens",
     ),
+    (
+        {"overrides_of_model_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}},
+        "error rope-parameters:overrides_of_model_config.rope_scaling",
+    ),
+    (
+        {"overrides_of_model_config": {"rope_theta": 1000000}},
+        "warning rope-parameters:overrides_of_model_config.rope_theta",
+    ),
     ({"datasets": None}, "error no-data:datasets"),
     ({"pretraining_dataset": [DATA]}, "error no-data:pretraining_dataset"),
     ({"test_datasets": None, "val_set_size": 2000}, "error no-data:val_set_size"),
@@ -244,6 +252,7 @@ def test_a_recipe_gives_no_error_and_no_warning(name, gpu):
 
 
 # what is changed in a recipe, or for some GPU, and gives no finding
+ROPE = {"rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 500000}}
 RIGHT: list[tuple[dict[str, Any], str | None]] = [
     ({"lora_target_modules": None, "lora_target_linear": True}, None),
     ({"lora_target_modules": ["self_attn.q_proj", "lm_head", "model.layers.31.mlp.up_proj"]}, None),
@@ -261,7 +270,7 @@ RIGHT: list[tuple[dict[str, Any], str | None]] = [
     ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}}, None),
     ({"test_datasets": None, "evals_per_epoch": None}, None),
     ({"warmup_steps": 27}, None),
-    ({"sequence_len": 32768, "overrides_of_model_config": {"rope_scaling": {"type": "linear", "factor": 2}}}, None),
+    ({"sequence_len": 32768, "overrides_of_model_config": ROPE}, None),
     ({"special_tokens": {"pad_token": "<unk>"}}, None),
     ({"special_tokens": {"eos_token": "<|im_end|>"}, "lora_modules_to_save": ["embed_tokens", "lm_head"]}, None),
     (TIED | {"lora_modules_to_save": ["embed_tokens", "lm_head"], "peft_ensure_weight_tying": True}, None),

@@ -1,5 +1,6 @@
 """Configs of older releases of Axolotl, brought in by `recipe new --from` and `recipe study new --from`."""
 
+import json
 import re
 from itertools import groupby
 from pathlib import Path
@@ -33,6 +34,10 @@ CHAT = {
     "chat_template_jinja": CHATML,
 }
 MEAN = "a step's loss was the mean over micro batches; in 0.21 it is the mean over all tokens of the step"
+STEPS = (
+    "an epoch had no step for its last rows: of 45 rows, 10 epochs in steps of 16 were 20 steps, in 0.21 29; "
+    "max_steps: 20 would train as long"
+)
 OF_2023 = """\
 base_model: models/llama
 base_model_config: models/llama
@@ -212,6 +217,24 @@ def test_a_setting_is_renamed_or_removed(text, expected):
             {"relora_steps": None, "jagged_restart_steps": 150, "relora": True},
             id="relora",
         ),
+        pytest.param(
+            "0.4.0",
+            "val_set_size: 9\nsave_steps: 4\neval_steps: 2\nchat_template: x",
+            {"load_best_model_at_end": True},
+            id="best-checkpoint",
+        ),
+        pytest.param("0.4.0", "val_set_size: 9\nsave_steps: 4\neval_strategy: epoch", {}, id="no-best-checkpoint"),
+        pytest.param(
+            "0.12.0",
+            "adapter: lora\nload_in_4bit: true",
+            {
+                "adapter": "qlora",
+                "bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+            },
+            id="fp4",
+        ),
+        pytest.param("0.12.0", "adapter: qlora\nload_in_4bit: true", {}, id="nf4"),
+        pytest.param("0.13.0", "adapter: lora\nload_in_4bit: true", {}, id="no-longer-4-bit"),
         pytest.param("0.9.0", "adapter: qlora", {"lora_mlp_kernel": False}, id="kernels"),
         pytest.param("0.9.1", "adapter: qlora", {}, id="kernels-on"),
         pytest.param(
@@ -229,6 +252,50 @@ def test_a_setting_is_renamed_or_removed(text, expected):
 def test_an_old_default_is_stated(release, text, expected):
     settings = "optimizer: sgd\ntf32: false\nbf16: true\n"
     assert changed(settings + text, release) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "expected"),
+    [
+        pytest.param(
+            "rope_scaling: {type: linear, factor: 2.0}",
+            {"rope_theta": 5e5},
+            {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
+            id="key",
+        ),
+        pytest.param(
+            "model_config: {rope_scaling: {type: dynamic, factor: 4}}",
+            {},
+            {"rope_type": "dynamic", "factor": 4, "rope_theta": 1e4},
+            id="in-model_config",
+        ),
+        pytest.param(
+            "overrides_of_model_config: {rope_scaling: {rope_type: yarn, factor: 4}, rope_theta: 1000000}",
+            {"rope_theta": 5e5},
+            {"rope_type": "yarn", "factor": 4, "rope_theta": 1000000},
+            id="with-theta",
+        ),
+        pytest.param(
+            "overrides_of_model_config: {rope_theta: 1000000}",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+            {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000000},
+            id="theta-alone",
+        ),
+    ],
+)
+def test_rope_is_overridden_as_a_whole(place, text, model, expected):
+    (place / "model").mkdir()
+    (place / "model/config.json").write_text(json.dumps({"model_type": "llama"} | model))
+    config = migrate.migrate(OldConfig(Path("old.yml"), f"base_model: model\n{text}", release="0.3.0")).config
+    parameters = dict(config["overrides_of_model_config"]["rope_parameters"])
+    parameters.pop("type", None)
+    assert config["overrides_of_model_config"].keys() == {"rope_parameters"}
+    assert parameters == expected
+
+
+def test_rope_of_a_model_that_is_not_here_stays_for_the_check(place):
+    overrides = {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert changed("rope_scaling: {type: linear, factor: 2.0}", "0.21.0")["overrides_of_model_config"] == overrides
 
 
 def test_defaults_of_optimizer_and_precision_are_stated():
@@ -311,7 +378,7 @@ def test_a_comment_of_an_old_files_author_does_not_hide_its_age(place):
 
 def test_a_meaning_that_no_key_restores_is_told():
     migration = migrate.migrate(OldConfig(Path("old.yml"), "gradient_accumulation_steps: 4", release="0.4.1"))
-    assert migration.meanings() == [f"since 0.4.1: {MEAN}"]
+    assert migration.meanings() == [f"since 0.4.1: {STEPS}", f"since 0.4.1: {MEAN}"]
 
 
 @pytest.mark.parametrize(
@@ -324,7 +391,7 @@ def test_a_meaning_that_no_key_restores_is_told():
     ],
 )
 def test_each_change_within_the_range_of_a_guess_is_told(text, changes):
-    settings = "gradient_accumulation_steps: 4\ntest_datasets: [{path: x}]\nbf16: true\noptimizer: sgd\n"
+    settings = "gradient_accumulation_steps: 4\ntest_datasets: [{path: x}]\nbf16: true\noptimizer: sgd\nmax_steps: 9\n"
     texts = {"MEAN": MEAN, "EPOCH": "held-out rows were scored after each epoch (eval_strategy: epoch)"}
     texts["TF32"] = "tf32 was off (tf32: false)"
     old = OldConfig(Path("old.yml"), settings + text, is_current="sdp" not in text, sign="no key of an older release")
