@@ -381,8 +381,8 @@ class Migration:
         tokens = merging.listed(settings, "tokens") + merging.listed(
             settings, "special_tokens.additional_special_tokens"
         )
-        special_tokens = models.find(self.config).special_tokens or ""
-        if not conversation["always"] and end not in tokens and not re.fullmatch(special_tokens, end):
+        special_tokens = models.find(self.config).special_tokens or conversation["special_tokens"]
+        if end not in tokens and not re.fullmatch(special_tokens, end):
             return f"{untrained}, and {end} and what follows it, unless eot_tokens can name it"
         ends = merging.listed(settings, "eot_tokens")
         if end not in ends:

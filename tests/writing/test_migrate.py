@@ -440,6 +440,18 @@ def test_a_meaning_of_a_type_is_told_of_that_type_only(kind, count):
         ("vicuna_v1.1", "not alternating", f"<s>{VICUNA}USER: a USER: b</s>ASSISTANT: c </s>ASSISTANT: d</s>"),
         ("vicuna_v1.1", "answer first", "<s>s ASSISTANT: a </s>USER: b</s>ASSISTANT: c </s>"),
         ("vicuna_v1.1", "system inside", f"<s>{VICUNA}USER: a USER: b ASSISTANT: c</s>"),
+        (
+            "alpaca",
+            "system",
+            "<s>s\n\n### Instruction: a\n\n### Response: b</s>### Instruction: c\n\n### Response: d</s>",
+        ),
+        ("alpaca", "answer first", "<s>s\n\n### Response: a\n\n</s>### Instruction: b</s>### Response: c\n\n</s>"),
+        ("zephyr", "without a system", "<s><|system|>\n</s>\n<|user|>\na</s>\n<|assistant|>\nb</s>\n</s>"),
+        (
+            "zephyr",
+            "system inside",
+            "<s><|system|>\n</s>\n<|user|>\na</s>\n<|user|>\nb</s>\n<|assistant|>\nc</s>\n</s>",
+        ),
         ("llama-2", "system", "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\na[/INST] b</s><s> [INST] c[/INST] d</s>"),
         ("llama-2", "without a system", "<s> [INST] a[/INST] b</s>"),
         ("llama-2", "not alternating", "<s> [INST] a[INST] b<s> [/INST] c</s>[/INST] d</s>"),
@@ -484,6 +496,12 @@ def test_a_conversation_has_the_text_of_its_release(name, chat, expected):
             "datasets: [{path: x, type: sharegpt, conversation: llama3}]\nspecial_tokens: {eos_token: </s>}",
             ["4<|eot_id|></s>"],
             id="llama3",
+        ),
+        pytest.param(
+            "chatml",
+            "datasets: [{path: x, type: sharegpt, conversation: llama3}]",
+            ["4"],
+            id="llama3-without-its-tokens",
         ),
         pytest.param("chatml", "datasets: [{path: x, type: sharegpt}]", ["4</s>"], id="vicuna"),
         pytest.param(
