@@ -36,12 +36,13 @@ _EMPTY_REASONING = {"enable_thinking": False}
 
 _PARTLY = {"training_detail", "reasoning_training_detail"}
 """Keys by which Axolotl gives parts of a message loss."""
+_LEFT_OUT = "use a template or format that writes it, or move it to where this one does, such as the last turn"
 _TRAINING_PROMPT = "generate with the training prompt"
 _MASKS = ("weight", "train", "training", "trainable", "loss")
 """Fields by which formats of other programs exclude a message from training."""
 
 _WORDING = {
-    "text-left-out": Wording("warning", "{n}: the training text lacks text of {about}", "see --show-tokens"),
+    "text-left-out": Wording("warning", "{n}: the training text lacks text of {about}", _LEFT_OUT),
     "changed-row": Wording("warning", "{n}: loading changes {about}", "write nested values as JSON text"),
     "ignored-mask": Wording("error", "{n}: messages have `{about}`, which Axolotl ignores", ""),
     "doubled-bos": Wording("error", "{n} with {about} twice at the beginning", "remove it from the rows or the format"),
@@ -217,7 +218,8 @@ class RenderedRows:
             if rule == "text-left-out":
                 finding.problem += f": {self.left_out[about]} characters, such as {rows.first[0][2]!r}"
             elif rule == "ignored-mask":
-                finding.remedy = f"rename it, make it true or false, and set message_field_training: {about}"
+                setting = f"{self.dataset.key}.message_field_training: train"
+                finding.remedy = f"call it `train`, make it true or false, and set {setting}"
             elif rule == "other-prompt":
                 finding.problem += rows.first[0][2]
                 finding.remedy = self._prompt_remedy()

@@ -114,7 +114,11 @@ _WORDING = {
         "error", "{n} without {about}: Axolotl uses its own prompt instead of format", "set no_input_format"
     ),
     "misspelt-field": Wording("warning", "{n}: {about}", ""),
-    "special-token": Wording("warning", "{n} with the text {about}, which the tokenizer reads as a special token", ""),
+    "special-token": Wording(
+        "warning",
+        "{n} with the text {about}, which the tokenizer reads as a special token",
+        "remove it, unless you mean the token",
+    ),
     "repeated-row": Wording("warning", "{n}: repeated", "`dataset_exact_deduplication: true` drops them"),
     LEAKED: LEAKED_ROWS,
 }

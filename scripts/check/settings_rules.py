@@ -346,7 +346,7 @@ def never_evaluated(case: Case) -> Problems:
     if not data or case["eval_strategy"] == "no":
         return
     if not case.is_set(*_EVALUATION_KEYS):
-        yield "warning", data, "never used: no key says when to evaluate", "set evals_per_epoch"
+        yield "warning", data, "never used: no key says when to evaluate", "set eval_strategy: epoch"
     elif timing == ["evals_per_epoch"] and _evaluations(case) <= 1:
         yield "warning", "evals_per_epoch", "one evaluation, which Axolotl skips", "use eval_strategy: epoch instead"
     elif _is_beyond_training(case, "eval_steps"):

@@ -262,7 +262,7 @@ class _TokenizedSet:
         else:
             level, consequence = "error" if long == rows else "warning", "dropped"
         limit = f"sequence_len, {cfg.sequence_len}"
-        remedy = f"the longest has {max(self.sizes)} tokens"
+        remedy = f"raise it, or shorten these rows: the longest has {max(self.sizes)} tokens"
         if "sequence_len" not in self.tokenizer.content:
             level, limit = "error", f"{cfg.sequence_len} tokens, the default of sequence_len"
             remedy = f"set it; {remedy}"

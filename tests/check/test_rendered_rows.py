@@ -183,6 +183,13 @@ def test_a_remedy_removes_its_finding(place, models, case):
     assert before.name not in [finding.name for finding in after]
 
 
+def test_a_mask_is_read_under_the_name_of_the_remedy(place, models):
+    error, _ = findings_of(models["llama3"], [chat("Is it?", "WRONG", "And?", "Right.", weight=0)], {}, {})
+    assert error.remedy == "call it `train`, make it true or false, and set datasets.0.message_field_training: train"
+    rows = [chat("Is it?", "WRONG", "And?", "Right.", train=False), *CHATS]
+    assert findings_of(models["llama3"], rows, {}, {"message_field_training": "train"}) == []
+
+
 def test_a_remedy_is_tried_on_a_row_with_the_fault(place):
     header = "{{ 'model' if add_generation_prompt and messages | length > 1 else 'assistant' }}"
     turn = TURN.replace("{{ message.role }}", "{{ message.role if message.role == 'user' else 'assistant' }}")

@@ -62,7 +62,8 @@ OF_TEXTS = [  # a row, or line, behind a good one, and the one finding that it g
     (GOOD | {"output": " \n"}, EMPTY.format("output")),
     (
         GOOD | {"input": "<s>old</s>"},
-        "warning: KEY: 1 row with the text <s>, which the tokenizer reads as a special token [special-token:KEY]",
+        "warning: KEY: 1 row with the text <s>, which the tokenizer reads as a special token; remove it, "
+        "unless you mean the token [special-token:KEY]",
     ),
     (GOOD, REPEATED),
 ]

@@ -272,7 +272,10 @@ def test_rows_without_loss_fill_no_packed_sequence(llama, place):
     assert findings_of(llama | packed, rows, type="input_output")[1:] == [NO_BATCH.format("5 rows fill 1 of the 2", 1)]
 
 
-TOO_LONG = ": {}: DATA.path: {} of 109 rows exceed sequence_len, {}; the longest has 496 tokens [too-long:DATA.path]"
+TOO_LONG = (
+    ": {}: DATA.path: {} of 109 rows exceed sequence_len, {}; raise it, or shorten these rows: the longest has 496 "
+    "tokens [too-long:DATA.path]"
+)
 
 
 @pytest.mark.parametrize(
