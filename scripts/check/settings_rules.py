@@ -13,7 +13,7 @@ from ..config.finding import Level
 from ..config.gpus import deepspeed_of
 from ..config.merging import flatten
 from ..config.numerics import AMPERE, precision, quantized, takes_varlen
-from ..config.training_settings import TrainingSettings
+from ..config.training_settings import KEPT_CHECKPOINTS, TrainingSettings
 from .rule import Case, Problems, rule
 
 
@@ -399,12 +399,9 @@ def cannot_resume(case: Case) -> Problems:
 def deleted_checkpoints(case: Case) -> Problems:
     """Without save_total_limit, Axolotl keeps four checkpoints (core/builders/base.py)."""
     saves = (case["saves_per_epoch"] or 0) * TrainingSettings.of(case.config).num_epochs
-    if saves > _KEPT and not case.is_set("save_total_limit"):
-        problem = f"not set: of {saves:.0f} checkpoints, only the last {_KEPT} are kept"
+    if saves > KEPT_CHECKPOINTS and not case.is_set("save_total_limit"):
+        problem = f"not set: of {saves:.0f} checkpoints, only the last {KEPT_CHECKPOINTS} are kept"
         yield "note", "save_total_limit", problem, "set it to the number that you need"
-
-
-_KEPT = 4
 
 
 @rule()

@@ -97,7 +97,8 @@ def _print_plan(planned: "Plan") -> None:
         tables.print_text(_advice(change))
     print()
     if planned.work:
-        tables.print_table([{"work": name, "": text} for name, text in _work(planned.work)], below=[""])
+        facts = dict(_work(planned.work)) | {"checkpoints": _checkpoints(planned)}
+        tables.print_table([{"work": name, "": text} for name, text in facts.items()], below=[""])
     for note in planned.notes:
         tables.print_text(f"note: {note}")
 
@@ -122,6 +123,11 @@ def _advice(change: "PlannedChange") -> str:
 def _gib(size: float) -> str:
     """Bytes as GiB."""
     return f"{size / GIB:.2f}"
+
+
+def _checkpoints(planned: "Plan") -> str:
+    size, most = planned.checkpoints.size, planned.checkpoints.most
+    return f"{_gib(size)} GiB each, up to {most} at a time: {_gib(size * most)} GiB"
 
 
 def _micro_batch(planned: "Plan") -> str:

@@ -92,6 +92,7 @@ class TrainingSettings:
 
 SEED = 42  # axolotl/utils/schemas/validation.py
 OPTIMIZER = "adamw_torch_fused"  # axolotl/utils/schemas/training.py
+KEPT_CHECKPOINTS = 4  # axolotl/core/builders/base.py
 
 
 def _number(config: Config, key: str, default: float) -> float:

@@ -3,17 +3,20 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
+from ..base import paths
 from ..base.errors import UserError
+from ..base.files import free_bytes
 from ..base.hardware import GIB
 from ..base.yamlfiles import Config
 from ..check import check
 from ..config.compose import Composed, Request, compose
-from ..config.finding import Finding, override_errors, refuse
+from ..config.finding import Finding, Level, override_errors, refuse
 from ..config.gpus import PARALLELISM_KEYS, Gpu, offloads, parallelism_of
 from ..config.merging import merge
 from ..config.training_settings import TrainingSettings
-from . import steps, work
+from . import disk, steps, work
 from .allocator import Counts, Usage
+from .disk import Checkpoints
 from .step_plan import (
     CONTEXT,
     USABLE,
@@ -99,6 +102,7 @@ class Plan:
         gpus: the requested GPU, or one GPU for each of `SIZES`.
         changes: changes for a config that does not fit the requested GPU, mildest first.
         per_gpu: bytes on each of several GPUs, by parallelism.
+        checkpoints: the training's checkpoints on the disk.
         notes: limits of the figures.
     """
 
@@ -112,6 +116,7 @@ class Plan:
     memory: PeakMemory
     gpus: list[Fit]
     per_gpu: dict[str, float]
+    checkpoints: Checkpoints
     notes: list[str]
     changes: list[PlannedChange] = field(default_factory=list)
     work: Work | None = None
@@ -139,6 +144,7 @@ def plan_request(
     findings = check.check_config(composed, gpu).findings
     override_errors(findings, request.force)
     _add_findings(planned, findings)
+    planned.notes += [finding.text for finding in _disk_findings(planned.checkpoints, starts=False)]
     planned.work = work.work(composed, step_plan, gpu, request.gpus, lengths)
     return planned
 
@@ -201,6 +207,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
         memory=peak,
         gpus=fits,
         per_gpu=sizes,
+        checkpoints=disk.checkpoints(config, memory, gpus),
         notes=notes,
     )
     if len(targets) == 1 and not fits[0].fits:
@@ -282,7 +289,7 @@ def usable_gib(gpu: Gpu) -> float:
 
 
 def add_memory_finding(report: check.Report, gpu: Gpu | None, gpus: int | None = None, trace: bool = False) -> None:
-    """Add a finding on GPU memory to a report, unless the report has an error.
+    """Add a finding on GPU memory or disk space to a report, unless the report has an error.
 
     A rehearsal uses no GPU and gets no finding.
 
@@ -298,8 +305,13 @@ def add_memory_finding(report: check.Report, gpu: Gpu | None, gpus: int | None =
     if gpu is None or not gpu.memory:
         return
     finding = _not_planned(composed.config, gpus) or _memory_finding(composed.config, gpu, gpus or 1, trace)
-    if finding:
-        report.add(check.placed([finding], composed))
+    findings = [finding] if finding else []
+    memory = None
+    if finding is None or finding.level == "warning":
+        memory = plan_step(composed.config, gpu, download=False)[0].stored
+    if memory:
+        findings += _disk_findings(disk.checkpoints(composed.config, memory, gpus or 1), starts=trace)
+    report.add(check.placed(findings, composed))
 
 
 def _not_planned(config: Config, gpus: int | None) -> Finding | None:
@@ -313,6 +325,20 @@ def _not_planned(config: Config, gpus: int | None) -> Finding | None:
 
 def _unknown(reason: str, key: str = "micro_batch_size") -> Finding:
     return Finding("note", "not-checked", key, f"memory not planned: {reason}")
+
+
+def _disk_findings(checkpoints: Checkpoints, starts: bool) -> Iterator[Finding]:
+    """Finding on checkpoints that do not fit on the disk of the runs; an error if a run that starts surely fails."""
+    size, free = checkpoints.size, free_bytes(paths.runs())
+    if size * checkpoints.most <= free:
+        return
+    level: Level = "error" if starts and size * checkpoints.least > free else "warning"
+    problem = (
+        f"the training has up to {checkpoints.most} checkpoints of {size / GIB:.2f} GiB on the disk; "
+        f"{free / GIB:.2f} GiB are free in {paths.runs()}"
+    )
+    remedy = "free some space, lower it, or name another folder with --runs"
+    yield Finding(level, "full-disk", "save_total_limit", problem, remedy, rule_scope="machine")
 
 
 def _memory_finding(config: Config, gpu: Gpu, gpus: int, trace: bool) -> Finding | None:

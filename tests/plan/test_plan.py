@@ -13,10 +13,12 @@ from planned_memory import WEIGHTS, kept_by_rank
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.hardware import GIB
+from qlora_recipes.check import check
 from qlora_recipes.commands.plan import _print_plan, _print_plans
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request
-from qlora_recipes.plan import plan, step_plan, steps, work
+from qlora_recipes.plan import allocator, disk, plan, step_plan, steps, work
+from qlora_recipes.plan.disk import Checkpoints
 from qlora_recipes.plan.work import TokenCount, Work
 
 TURING, AMPERE = (7, 5), (8, 0)
@@ -221,6 +223,63 @@ def test_changes_are_the_mildest_that_do(small):
     assert list(last.set) == ["sequence_len"]
 
 
+@pytest.mark.parametrize(
+    ("change", "most", "least"),
+    [
+        ({"num_epochs": 3}, 3, 3),
+        ({"num_epochs": 8}, 5, 5),  # four, and the one that is being saved
+        ({"num_epochs": 8, "save_total_limit": 2}, 3, 3),
+        ({"num_epochs": 3, "max_steps": 10}, 5, 1),
+        ({"saves_per_epoch": 2, "num_epochs": 1}, 2, 2),
+        ({"save_steps": 0.5}, 2, 2),
+        ({"save_steps": 4, "max_steps": 10}, 3, 3),
+        ({"save_steps": 4}, 5, 1),  # of rows that nobody counted
+        ({"save_strategy": "no"}, 0, 0),
+        ({"save_strategy": "best"}, 5, 1),
+    ],
+)
+def test_checkpoints_on_the_disk(small, change, most, least):
+    unset = dict.fromkeys(("saves_per_epoch", "save_steps", "save_strategy", "save_total_limit", "max_steps"))
+    memory = step_plan.Memory(allocator.Usage(0, 0, {"adapters": 4, "optimizer": 8}), 16, {}, {})
+    assert disk.checkpoints(small | unset | change, memory) == Checkpoints(28, most, least)
+    assert disk.checkpoints(small | unset | change | {"save_only_model": True}, memory).size == 4
+
+
+@pytest.mark.parametrize(
+    ("starts", "least", "free", "level"),
+    [
+        (True, 2, 2 * GIB, None),
+        (True, 2, 2 * GIB - 1, "error"),
+        (False, 2, 2 * GIB - 1, "warning"),
+        (True, 1, GIB, "warning"),  # perhaps one is all that it saves
+        (True, 1, GIB - 1, "error"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_on_the_disk(monkeypatch, starts, least, free, level):
+    monkeypatch.setattr(plan, "free_bytes", lambda _: free)
+    findings = [*plan._disk_findings(Checkpoints(GIB, 2, least), starts)]
+    assert [finding.level for finding in findings] == [level] * bool(level)
+    assert [finding.text for finding in findings] == [
+        f"save_total_limit: the training has up to 2 checkpoints of 1.00 GiB on the disk; {free / GIB:.2f} GiB are "
+        "free in runs; free some space, lower it, or name another folder with --runs [full-disk:save_total_limit]"
+    ] * bool(level)
+
+
+def test_a_run_is_refused_without_space_for_its_checkpoints(small, tmp_path, sample, monkeypatch):
+    small |= {"datasets": [{"path": str(sample / "train.jsonl"), "type": "alpaca"}], "test_datasets": None}
+    (tmp_path / "small.yaml").write_text(yamlfiles.write_yaml(small | {"evals_per_epoch": None}))
+    Path(small["base_model"], "model.safetensors").touch()
+    Path(small["base_model"], "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(plan, "free_bytes", lambda _: 0)
+    for trace, level in ((True, "error"), (False, "warning")):
+        report = check.check_request(Request(str(tmp_path / "small.yaml")), gpus.find_gpu("T4"))
+        plan.add_memory_finding(report, gpus.find_gpu("T4"), trace=trace)
+        names = {(finding.level, finding.name) for finding in report.findings}
+        assert (level, "full-disk:save_total_limit") in names
+    planned = plan.plan_request(Request(str(tmp_path / "small.yaml")), gpus.find_gpu("T4"))
+    assert any("[full-disk:save_total_limit]" in note for note in planned.notes)
+
+
 EVALUATED = {"test_datasets": [{"path": "test.jsonl", "type": "alpaca"}], "eval_batch_size": 8}
 
 
@@ -423,6 +482,7 @@ def planned_example(fits: bool, work: Work | None = None) -> plan.Plan:
     return plan.Plan(
         model="a/b",
         adapter="qlora",
+        checkpoints=Checkpoints(GIB // 2, 5, 5),
         micro_batch=plan.MicroBatch(2, 2048, 4.25 * GIB),
         parameters={"q_proj": {"frozen": 3000, "trainable": 1000}},
         frozen=3000,
@@ -468,6 +528,7 @@ optimizer steps       28
 operations per token  1.5e+10
 tokens per second     1,300
 hours                 up to 0.10 (speed: 30% of the GPU's peak; tokens: every row counted at full length)
+checkpoints           0.50 GiB each, up to 5 at a time: 2.50 GiB
 note: a note
 """
 PRINTED_TOGETHER = """\
@@ -489,7 +550,7 @@ def test_a_plan_is_printed_as_tables(capsys):
 
 def test_rows_that_are_not_counted_are_unknown(capsys):
     _print_plan(planned_example(False, Work(None, "", None, TokenCount.UNKNOWN, None, 1.5e10, None, None)))
-    assert capsys.readouterr().out.splitlines()[-4:-1] == [
+    assert capsys.readouterr().out.splitlines()[-5:-2] == [
         "work",
         "rows                  unknown; only complete rows in local JSONL files are counted",
         "operations per token  1.5e+10",
