@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import batched, chain, groupby, islice
+from itertools import batched, chain, islice
 
 import numpy
 
@@ -15,7 +15,7 @@ from ..config.datafiles import DatasetRef
 from ..config.finding import LEAKED, NO_BATCH, Faults, Finding
 from ..config.training_settings import TrainingSettings
 from ..data.raw_rows import parquet_batches
-from ..training.losses import MASKED
+from ..training.losses import pieces
 from ..training.row_types import row_type
 from ..training.tokens import Tokenizer, Tokens, count_packed, padding, stride, unknown_roles
 from .rendered_rows import RenderedRows
@@ -68,9 +68,8 @@ def by_token(content: Config, count: int) -> list[Row]:
 def _marked_text(tokenizer: Tokenizer, tokens: Tokens) -> str:
     """Text of a row, with ⟪ and ⟫ around the tokens trained on."""
     text = ""
-    for learnt, pairs in groupby(zip(tokens.ids, tokens.labels, strict=True), lambda pair: pair[1] != MASKED):
-        decoded = tokenizer.tokenizer.decode([token for token, _ in pairs], skip_special_tokens=False)
-        text += f"⟪{decoded}⟫" if learnt else decoded
+    for piece in pieces(tokenizer.tokenizer, tokens.ids, tokens.labels):
+        text += f"⟪{piece['text']}⟫" if piece["learnt"] else piece["text"]
     return text
 
 

@@ -9,14 +9,14 @@ packing, batch size, row order and number of ranks. It is comparable only betwee
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from itertools import batched
+from itertools import batched, groupby
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 
-from .run_record import EvalTokens
+from .run_record import EvalTokens, Piece
 
 MASKED = -100  # label of a token without loss
 NAME = "eval_loss_per_token"
@@ -69,6 +69,15 @@ def scored_tokens(rows: Any) -> EvalTokens:
             ids = row["input_ids"].astype("<i8")
             digests.append(hashlib.sha256(ids[:end].tobytes() + labels[1:end].tobytes()).digest())
     return {"count": count, "sha256": hashlib.sha256(b"".join(sorted(digests))).hexdigest()}
+
+
+def pieces(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[Piece]:
+    """Text of a row in pieces that are trained on, and pieces that are not."""
+    row: list[Piece] = []
+    for learnt, pairs in groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != MASKED):
+        text = tokenizer.decode([token for token, _ in pairs], skip_special_tokens=False)
+        row.append({"text": text, "learnt": learnt})
+    return row
 
 
 def _is_measurable(trainer: Any, rows: Any) -> bool:

@@ -164,11 +164,11 @@ class RunCallback(TrainerCallback):
     cpu_percent (100 is one processor). Records with a loss, and the last record, add values of all steps since the
     previous record with a loss: step_seconds (without evaluation and saving), tokens (without padding) and
     tokens_per_second. Only the first rank writes; peak_gib_by_rank has the memory of all ranks. The first record of a
-    launch has parallelism, training_rows, trainable_parameters and parameters (including frozen ones). The last record
-    has `ended` (see `run_record.Ended`), and kept_step if the trainer has loaded the best checkpoint. The first
-    evaluation of a launch adds a record with eval_tokens. Findings of a training about itself are in a record with all
-    of them so far; those of `STOP_AT` stop the training. The first record of a launch with losses has `tracked`, the
-    trackers' runs.
+    launch has parallelism, training_rows, trainable_parameters, parameters (including frozen ones) and the text of the
+    first training row, in pieces. The last record has `ended` (see `run_record.Ended`), and kept_step if the trainer
+    has loaded the best checkpoint. The first evaluation of a launch adds a record with eval_tokens. Findings of a
+    training about itself are in a record with all of them so far; those of `STOP_AT` stop the training. The
+    first record of a launch with losses has `tracked`, the trackers' runs.
 
     SIGTERM to any rank ends training after the current step, with a checkpoint.
 
@@ -210,6 +210,7 @@ class RunCallback(TrainerCallback):
             first = first | {"parallelism": self.parallelism}
         with suppress(TypeError):  # streamed rows have no number
             first = first | {"training_rows": len(self.trainer.train_dataset)}
+            first = first | _first_row(self.trainer)
         self._append(state, first)
         self._report_findings(state)
         if not args.eval_on_start:
@@ -383,6 +384,19 @@ def parallelism_in_use(trainer: Any) -> str:
     if all(isinstance(weight, DTensor) for weight in model.parameters()):
         return "FSDP"
     return "DDP" if isinstance(model, torch.nn.parallel.DistributedDataParallel) else "one process"
+
+
+def _first_row(trainer: Any) -> Row:
+    """Field of a record with the first training row; empty for rows without labels, as in preference training."""
+    row = trainer.train_dataset[0]
+    if not isinstance(row, dict) or "labels" not in row:
+        return {}
+    ids, labels = row["input_ids"][:_MOST_TOKENS], row["labels"][:_MOST_TOKENS]
+    return {"first_row": losses.pieces(trainer.processing_class, ids, labels)}
+
+
+_MOST_TOKENS = 4096
+"""Largest number of tokens of the first row in metrics.jsonl."""
 
 
 def check_parallelism(requested: str, trainer: Any) -> None:

@@ -52,6 +52,14 @@ class TrainingFinding(TypedDict):
     remedy: str
 
 
+@with_config(extra="forbid", strict=True)
+class Piece(TypedDict):
+    """Part of a row's text whose tokens are all trained on, or all not."""
+
+    text: str
+    learnt: bool
+
+
 @with_config(strict=True, extra="allow")
 class MetricsRecord(TypedDict, total=False):
     """Fields that this project reads from a line of metrics.jsonl, see `run_plugin.RunCallback`."""
@@ -72,6 +80,7 @@ class MetricsRecord(TypedDict, total=False):
     rss_peak_gib: float
     peak_gib_by_rank: list[float] | None
     training_rows: int
+    first_row: list[Piece]
     trainable_parameters: int
     findings: list[TrainingFinding]
     tracked: list[TrackedRun]

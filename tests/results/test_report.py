@@ -170,6 +170,16 @@ def test_text_of_a_run_is_escaped_and_its_secrets_are_masked(tmp_path):
     assert [part for part in ("the-secret", "<script>alert") if part in html] == []
 
 
+def test_the_first_row_shows_what_is_learnt(tmp_path):
+    run = a_run(tmp_path)
+    pieces = [{"text": "<s>What?\n", "learnt": False}, {"text": "This.</s>", "learnt": True}]
+    write_rows(run.metrics, [{"step": 0, "first_row": pieces}, *run.read_metrics()])
+    assert '<div class="said">&lt;s&gt;What?\n<mark>This.&lt;/s&gt;</mark></div>' in html_of(run)
+    with run.metrics.open("a") as metrics:
+        metrics.write('{"step": 0, "first_row": [["x", true]]}\n')  # a damaged line
+    assert html_of(run).count("<mark>") == 1
+
+
 def test_a_run_with_nothing_yet(tmp_path):
     run = a_run(tmp_path, summary=Summary())
     for file in (run.metrics, run.path / "scores.json", run.path / "predictions.jsonl", run.config_file):

@@ -246,6 +246,14 @@ def test_the_parameters_are_counted(runs, tiny):
 
 
 @pytest.mark.long
+def test_the_first_row_is_recorded_as_it_is_trained_on(runs):
+    row = next(record["first_row"] for record in runs["evaluated"].read_metrics() if "first_row" in record)
+    assert [piece["learnt"] for piece in row] == [False, True]
+    assert row[0]["text"].endswith("### Response:\n")
+    assert row[1]["text"].endswith("</s>")
+
+
+@pytest.mark.long
 def test_the_metrics_record_phases_steps_and_evaluations(runs):
     def phases(name: str) -> list[str]:
         records = map(orjson.loads, runs[name].metrics.read_bytes().splitlines())

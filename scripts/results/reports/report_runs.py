@@ -25,6 +25,7 @@ from ...metrics.metric import Column, ScoreRecord
 from ...run import backends
 from ...run.rundir import RunDir
 from ...training.row_types import row_type
+from ...training.run_record import Piece
 from ..run_result import RunResult
 
 
@@ -50,6 +51,11 @@ class ReportedRun(RunResult):
             row = {"setting": difference.key, "recipe": on_one_line(difference.recipe)}
             rows.append(row | {"this run": on_one_line(difference.run), "why": difference.source.text})
         return rows
+
+    @property
+    def first_row(self) -> list[Piece]:
+        """Text of the first training row; empty if unknown."""
+        return next((record["first_row"] for record in self.folder.read_metrics() if "first_row" in record), [])
 
     @cached_property
     def settings(self) -> list[Row]:
