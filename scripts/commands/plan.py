@@ -97,7 +97,7 @@ def _print_plan(planned: "Plan") -> None:
         tables.print_text(_advice(change))
     print()
     if planned.work:
-        facts = dict(_work(planned.work)) | {"checkpoints": _checkpoints(planned)}
+        facts = dict(_work(planned.work)) | {"checkpoints": _checkpoints(planned), "main memory": _loading(planned)}
         tables.print_table([{"work": name, "": text} for name, text in facts.items()], below=[""])
     for note in planned.notes:
         tables.print_text(f"note: {note}")
@@ -128,6 +128,11 @@ def _gib(size: float) -> str:
 def _checkpoints(planned: "Plan") -> str:
     size, most = planned.checkpoints.size, planned.checkpoints.most
     return f"{_gib(size)} GiB each, up to {most} at a time: {_gib(size * most)} GiB"
+
+
+def _loading(planned: "Plan") -> str:
+    processes = f" in each of {planned.loading.processes} processes" if planned.loading.processes > 1 else ""
+    return f"{_gib(planned.loading.size)} GiB{processes} to load the model, beside the libraries"
 
 
 def _micro_batch(planned: "Plan") -> str:

@@ -20,9 +20,11 @@ from .disk import Checkpoints
 from .step_plan import (
     CONTEXT,
     USABLE,
+    Loading,
     StepPlan,
     bytes_by_parallelism,
     least_capability,
+    loading,
     needed_per_gpu,
     plan_step,
     required_gib,
@@ -103,6 +105,7 @@ class Plan:
         changes: changes for a config that does not fit the requested GPU, mildest first.
         per_gpu: bytes on each of several GPUs, by parallelism.
         checkpoints: the training's checkpoints on the disk.
+        loading: main memory for loading the model.
         notes: limits of the figures.
     """
 
@@ -117,6 +120,7 @@ class Plan:
     gpus: list[Fit]
     per_gpu: dict[str, float]
     checkpoints: Checkpoints
+    loading: Loading
     notes: list[str]
     changes: list[PlannedChange] = field(default_factory=list)
     work: Work | None = None
@@ -208,6 +212,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
         gpus=fits,
         per_gpu=sizes,
         checkpoints=disk.checkpoints(config, memory, gpus),
+        loading=loading(step_plan, config, gpus),
         notes=notes,
     )
     if len(targets) == 1 and not fits[0].fits:

@@ -216,6 +216,37 @@ def needed_per_gpu(step_plan: StepPlan, config: Config, gpus: int) -> float:
     return bytes_by_parallelism(step_plan, gpus).get(parallelism_of(config), step_plan.required)
 
 
+@dataclass(frozen=True)
+class Loading:
+    """Main memory for loading a model: bytes in each of some processes."""
+
+    size: float
+    processes: int
+
+
+def loading(step_plan: StepPlan, config: Config, gpus: int) -> Loading:
+    """Main memory that the training processes need to load the model, without the mapped files; from source code.
+
+    transformers maps safetensors files into memory. It copies one tensor at a time to the GPU if it quantizes, and
+    otherwise four (GLOBAL_WORKERS in core_model_loading.py); the embedding is the largest. It ignores
+    low_cpu_mem_usage. Under ZeRO-3 and FSDP, Axolotl loads the weights into main memory (axolotl/loaders/model.py):
+    with cpu_ram_efficient_loading in one process only, and without it QLoRA's under FSDP go to the GPU.
+    """
+    step, memory = step_plan.step, step_plan.memory
+    parallelism = parallelism_of(config)
+    weights = sum(memory.usage.parts.get(kind, 0) for kind in WEIGHTS)
+    if parallelism == "FSDP" and config["fsdp_config"].get("cpu_ram_efficient_loading"):
+        return Loading(weights, 1)
+    if parallelism == "ZeRO-3" or (parallelism == "FSDP" and not step.is_quantized):
+        return Loading(weights, gpus)
+    tensors = 1 if step.is_quantized else 4
+    return Loading(tensors * memory.sizes["vocabulary"] * memory.sizes["width"] * _bytes_of_weight(step), gpus)
+
+
+WEIGHTS = ("base weights", "quantization constants", "embeddings and head")
+"""Kinds of memory that hold the base model."""
+
+
 def least_capability(config: Config) -> tuple[int, int]:
     """Lowest compute capability for a config: Turing, or Ampere for bf16 and FlashAttention."""
     newer = precision(config, on_gpu=True).weights == "bfloat16" or attention(config) == "flash_attention_2"

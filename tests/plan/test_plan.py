@@ -280,6 +280,31 @@ def test_a_run_is_refused_without_space_for_its_checkpoints(small, tmp_path, sam
     assert any("[full-disk:save_total_limit]" in note for note in planned.notes)
 
 
+EMBEDDING = 128256 * 256 * 2
+LORA = {"adapter": "lora", "load_in_4bit": False}
+ZERO3 = {"deepspeed": {"zero_optimization": {"stage": 3}}}
+EFFICIENT = {"fsdp_config": {"cpu_ram_efficient_loading": True}}
+
+
+@pytest.mark.parametrize(
+    ("change", "tensors", "processes"),
+    [
+        ({}, 1, 2),  # quantized one after another
+        (LORA, 4, 2),
+        (ZERO3, None, 2),
+        (LORA | {"fsdp_config": {"reshard_after_forward": True}}, None, 2),
+        ({"fsdp_config": {"reshard_after_forward": True}}, 1, 2),
+        (EFFICIENT, None, 1),
+    ],
+)
+def test_main_memory_to_load_the_model(small, change, tensors, processes):
+    """None stands for all weights."""
+    planned = step_plan.plan_step(small | change, gpus.find_gpu("T4"))[0]
+    weights = sum(planned.memory.usage.parts.get(kind, 0) for kind in WEIGHTS)
+    size = tensors * EMBEDDING if tensors else weights
+    assert step_plan.loading(planned, small | change, 2) == step_plan.Loading(size, processes)
+
+
 EVALUATED = {"test_datasets": [{"path": "test.jsonl", "type": "alpaca"}], "eval_batch_size": 8}
 
 
@@ -483,6 +508,7 @@ def planned_example(fits: bool, work: Work | None = None) -> plan.Plan:
         model="a/b",
         adapter="qlora",
         checkpoints=Checkpoints(GIB // 2, 5, 5),
+        loading=step_plan.Loading(GIB, 2),
         micro_batch=plan.MicroBatch(2, 2048, 4.25 * GIB),
         parameters={"q_proj": {"frozen": 3000, "trainable": 1000}},
         frozen=3000,
@@ -529,6 +555,7 @@ operations per token  1.5e+10
 tokens per second     1,300
 hours                 up to 0.10 (speed: 30% of the GPU's peak; tokens: every row counted at full length)
 checkpoints           0.50 GiB each, up to 5 at a time: 2.50 GiB
+main memory           1.00 GiB in each of 2 processes to load the model, beside the libraries
 note: a note
 """
 PRINTED_TOGETHER = """\
@@ -550,7 +577,7 @@ def test_a_plan_is_printed_as_tables(capsys):
 
 def test_rows_that_are_not_counted_are_unknown(capsys):
     _print_plan(planned_example(False, Work(None, "", None, TokenCount.UNKNOWN, None, 1.5e10, None, None)))
-    assert capsys.readouterr().out.splitlines()[-5:-2] == [
+    assert capsys.readouterr().out.splitlines()[-6:-3] == [
         "work",
         "rows                  unknown; only complete rows in local JSONL files are counted",
         "operations per token  1.5e+10",
