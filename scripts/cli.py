@@ -39,7 +39,7 @@ COMMANDS = {
         "report": "results",
         "publish": "results",
     },
-    "Upkeep": {"doctor": "upkeep", "render": "upkeep", "study": "upkeep"},
+    "Upkeep": {"doctor": "upkeep", "remove": "upkeep", "render": "upkeep", "study": "upkeep"},
 }
 """Commands by heading, in the order of use, each with its module in commands/."""
 

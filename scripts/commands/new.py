@@ -29,8 +29,7 @@ def new_command(
             "--from",
             metavar="BASE",
             autocompletion=complete_recipes,
-            help="Start from a recipe, Axolotl config of any release, or model card; or from a trial: SWEEP/TRIAL, "
-            "SWEEP/best.",
+            help="Start from a recipe, Axolotl config, model card, SWEEP/TRIAL or SWEEP/best.",
         ),
     ] = "start/qlora",
     axolotl: Annotated[

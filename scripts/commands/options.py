@@ -150,6 +150,10 @@ RunName = Annotated[
         help="Run folder, partial name, recipe name (its newest run), or latest.",
     ),
 ]
+RunNames = Annotated[
+    list[str],
+    typer.Argument(metavar="RUN...", autocompletion=complete_runs, help="Runs, as folders or by names, or latest."),
+]
 Things = Annotated[
     list[str],
     several_arguments(

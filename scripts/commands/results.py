@@ -44,7 +44,7 @@ def _split(texts: list[str]) -> list[str]:
     "results",
     cls=RecipeCommand,
     epilog="recipe results    # all runs\nrecipe results lora-tradeoffs\nrecipe results RUN_A RUN_B"
-    "\nrecipe results --where 'state == \"finished\"' --sort eval_loss --csv",
+    "\nrecipe results --where 'lora_r >= 16' --csv",
 )
 def results_command(
     *,
@@ -55,8 +55,7 @@ def results_command(
         str,
         typer.Option(
             metavar="CONDITION",
-            help="Only runs that meet it, as in 'state == \"finished\" and lora_r >= 16'. Columns: fields of --json, "
-            "metrics, and settings by dotted key.",
+            help="Only runs that meet it, as in 'lora_r >= 16'.",
         ),
     ] = "",
     sort: Annotated[

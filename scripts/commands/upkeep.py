@@ -1,16 +1,17 @@
-"""The commands doctor, render and study."""
+"""The commands doctor, remove, render and study."""
 
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..base import paths, tables
-from ..base.errors import WorkFailed
+from ..base.errors import UserError, WorkFailed, meant
 from ..base.terminal import Bar, say
 from .help import RecipeCommand, RecipeGroup, suggest
-from .options import Force, Json, StudyName, refuse_together
+from .options import Force, Json, RunNames, StudyName, complete_studies, refuse_together, several_arguments
 
 _STARTER_MODEL = "meta-llama/Llama-3.2-3B"
 
@@ -24,8 +25,53 @@ commands = typer.Typer(rich_markup_mode=None, suggest_commands=False)  # click s
 commands.add_typer(study_commands, name="study")
 
 
-@commands.command("render", cls=RecipeCommand, epilog="recipe render --check")
+@commands.command(
+    "remove", cls=RecipeCommand, epilog="recipe remove latest\nrecipe remove RUN_A RUN_B --checkpoints --yes"
+)
+def remove_command(
+    *,
+    names: RunNames,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Remove only checkpoints; unfinished runs then start again.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove run folders, or only their checkpoints, and say what is freed."""
+    from ..base.hardware import GIB
+    from ..results import export_records
+    from ..run import remove
+    from ..run.rundir import find_run
+
+    places = {}
+    for name in names:
+        folder = find_run(name, paths.runs())
+        if not checkpoints:
+            export_records.refuse_recorded(folder)
+        places[folder] = remove.removable(folder, checkpoints)
+    total = 0
+    for place in chain.from_iterable(places.values()):
+        size = remove.size(place)
+        total += size
+        print(f"{place}: {size / GIB:.2f} GiB")
+    if not total:
+        raise UserError("there is nothing to remove", key=" ".join(names))
+    if not yes:
+        typer.confirm("Remove these folders?", abort=True, err=True)
+    for folder, removed in places.items():
+        remove.remove(folder, removed)
+    say(f"freed: {total / GIB:.2f} GiB")
+
+
+@commands.command("render", cls=RecipeCommand, epilog="recipe render --check\nrecipe render mine")
 def render_command(
+    studies: Annotated[
+        list[str],
+        several_arguments(
+            metavar="[STUDY]...",
+            autocompletion=complete_studies,
+            help="Only the recipes of these studies; default: all recipes, and recipes/README.md.",
+        ),
+    ],
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; print differences from the templates, and fail on any.")
     ] = False,
@@ -34,10 +80,12 @@ def render_command(
     from ..writing import render
 
     drifts = []
+    for study in studies:
+        meant(study, [folder.name for folder in paths.studies()], "study")
     for recipes, templates in paths.homes():
         with Bar(f"rendering {paths.shown(templates)}"):
-            rendered = render.rendered(templates)
-        orphans = render.orphans(rendered, recipes)
+            rendered = render.rendered(templates, studies)
+        orphans = [] if studies else render.orphans(rendered, recipes)
         if check:
             drifts += [render.drift(rendered, recipes), *orphans]
         else:

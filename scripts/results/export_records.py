@@ -47,6 +47,22 @@ def export_run(run_dir: RunDir) -> Path:
     return _written(record, paths.study_name(result.run.origin))
 
 
+def refuse_recorded(folder: RunDir) -> None:
+    """Refuse a run that a study's record describes, because nobody could check the record without it.
+
+    Raises:
+        UserError: there is a record of the run.
+    """
+    result = RunResult(folder, backends.read(folder))
+    if result.study is None or result.run.digest is None:
+        return
+    adapter = _adapter(result)
+    for record in score_records.records(result.study):
+        if record.config_sha256 == result.run.digest and record.adapter_sha256 in (None, adapter):
+            problem = f"not removed: {record.file_name()} is a record of this run"
+            raise UserError(problem, file=folder.path, remedy="--checkpoints removes only its checkpoints")
+
+
 def export_predictions(study: Study, rows: Sequence[Row]) -> list[Path]:
     """Write records of published predictions to the current folder.
 

@@ -120,7 +120,7 @@ FIELDS: dict[str, Callable[[RunResult], Any]] = {
     "tokens_per_second": attrgetter("summary.tokens_per_second"),
     "train_seconds": attrgetter("summary.train_seconds"),
     "changed": attrgetter("changes"),
-    "recipe_note": attrgetter("run.recipe_note"),
+    "recipe_note": attrgetter("recipe_note"),
     "tracked": attrgetter("summary.tracked"),
 }
 """Fields of a run in JSON, which queries take as columns."""
@@ -221,7 +221,7 @@ def cells(result: RunResult, columns: Mapping[str, Column]) -> Row:
         "adapter": run.published_adapter,
         "trouble": result.trouble,
         "not compared": result.incomparable_loss,
-        "recipe file": run.recipe_note,
+        "recipe file": result.recipe_note,
         "variant of": run.variant_of,
         "changed": settings_text(result.changes),
         "trackers": ", ".join(f"{run['tracker']}: {run.get('page', run['place'])}" for run in summary.tracked) or None,

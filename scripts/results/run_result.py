@@ -5,8 +5,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from ..base.errors import UserError
 from ..base.files import Row, sha256
-from ..base.yamlfiles import Config, read_yaml
+from ..base.yamlfiles import Config, read_yaml, write_flow
 from ..config import datafiles, keys, merging, models
 from ..config.compose import REHEARSAL
 from ..config.merging import Difference, Source
@@ -159,6 +160,23 @@ class RunResult:
         """Settings that the user changed, with the run's values; without those of trackers."""
         differences = [change.without_secrets() for change in self.run.differences if not _is_rehearsed(change.source)]
         return {change.key: change.run for change in differences if keys.affects(change.key) != "tracking"}
+
+    @property
+    def recipe_note(self) -> str | None:
+        """Note on a recipe that is missing or has changed since the run began, with the changed settings."""
+        note = self.run.recipe_note
+        if note is None or not self.config:
+            return note
+        try:
+            present = dict(merging.flatten(read_yaml(self.run.present_recipe)))
+        except UserError:  # missing or malformed
+            return note
+        former = self.config_values | {change.key: change.recipe for change in self.run.differences}
+        changes = []
+        for key, (before, after) in merging.differences(former, present).items():
+            if keys.affects(key) != "run" and key != "plugins":  # to which a run adds its own
+                changes.append(f"{key}: {write_flow(before)} -> {write_flow(after)}")
+        return "; ".join([note, *changes])
 
     @property
     def rows_evaluated(self) -> int | None:

@@ -216,8 +216,8 @@ def _row_notes(study: Study, row: StudyRow) -> Iterator[str]:
         return
     if row.chosen.run.published_adapter:
         yield f"{row.recipe}: scores of the adapter {row.chosen.run.published_adapter}, which was not trained here."
-    if row.chosen.run.recipe_note:
-        yield f"{row.recipe}: {row.chosen.run.recipe_note}."
+    if row.chosen.recipe_note:
+        yield f"{row.recipe}: {row.chosen.recipe_note}."
     if row.incomparable_loss:
         yield f"{row.recipe} is not compared with the published eval loss: {row.incomparable_loss}."
     if row.differs:

@@ -92,7 +92,7 @@ def write(name: str, migration: Migration) -> list[Path]:
         step=step,
     )
     template = re.sub(r"\{[{%#]", r"{{ '\g<0>' }}", text)  # a card can contain chat templates in Jinja
-    return render.write_files({recipes / "study.yaml": study, templates / "as-published.yaml.j2": template})
+    return render.write_files(name, {recipes / "study.yaml": study, templates / "as-published.yaml.j2": template})
 
 
 def _data(migration: Migration) -> Config:

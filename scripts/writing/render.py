@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 import traceback
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -139,8 +140,12 @@ def _padding(entry: Config, folder: Path) -> tuple[str | None, str]:
     return _UNKNOWN_PADDING
 
 
-def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
+def rendered(templates: Path = paths.TEMPLATES, only: Collection[str] = ()) -> dict[str, str]:
     """Render a folder's templates: recipes, and their README.md if it has a template.
+
+    Args:
+        templates: the folder.
+        only: studies whose recipes to render, without README.md; by default all.
 
     Returns:
         Texts by file name below recipes/.
@@ -151,6 +156,8 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
     renderer = _Renderer(templates)
     recipes = renderer.recipes()
     files = {f"{recipe.name}.yaml": recipe.text for recipe in recipes}
+    if only:
+        return {name: text for name, text in files.items() if paths.study_name(name) in only}
     if (templates / f"{README}.j2").is_file():
         files[README] = renderer.readme(recipes)
     return files
@@ -318,14 +325,14 @@ def write_study(name: str, base_model: str) -> list[Path]:
         for placeholder, word in words.items():
             text = text.replace(placeholder, word)
         files[place] = text
-    return write_files(files)
+    return write_files(name, files)
 
 
-def write_files(files: dict[Path, str]) -> list[Path]:
+def write_files(study: str, files: dict[Path, str]) -> list[Path]:
     """Write the files of a study below recipes/ and templates/, and render its recipes; return all files."""
     for file, text in files.items():
         write_atomically(file, text)
-    return [*files, *write(rendered(Path("templates")), Path("recipes"))]
+    return [*files, *write(rendered(Path("templates"), [study]), Path("recipes"))]
 
 
 def free_folders(name: str) -> tuple[Path, Path]:

@@ -48,6 +48,12 @@ def test_from_results_to_a_report(recipe, tmp_path):
         assert next_of(recipe, "results", name) == ["report", name]
 
 
+@pytest.mark.parametrize("state", ["failed", "interrupted"])
+def test_from_an_unfinished_run_to_its_end(recipe, tmp_path, state):
+    a_run(tmp_path / "runs", NAME, "1", 5.0, state=state)
+    assert next_of(recipe, "results", "latest") == ["resume", "1"]
+
+
 @pytest.mark.parametrize(
     ("change", "runs", "says"),
     [

@@ -147,10 +147,11 @@ def test_a_recipe_that_changed_since_its_run_is_noted(tmp_path, with_fake_axolot
     record.state = "failed"
     run.write(record)
     assert with_fake_axolotl.json("results", run.path)[0]["recipe_note"] is None
-    mine.write_text(mine.read_text() + "\nlora_r: 8\n")
+    mine.write_text(mine.read_text().replace("\nlora_r: ", "\nlora_r: 1"))
     note = "mine.yaml is missing or has changed since the run began; the run keeps its own config"
-    assert with_fake_axolotl.json("results", run.path)[0]["recipe_note"] == note
-    assert note in with_fake_axolotl.ok("results").stdout.replace("\n", " ")
+    changed = f"{note}; lora_r: 32 -> 132"
+    assert with_fake_axolotl.json("results", run.path)[0]["recipe_note"] == changed
+    assert changed in with_fake_axolotl.ok("results").stdout.replace("\n", " ")
     assert with_fake_axolotl.ok("resume", run.path).stderr.splitlines()[0] == note
 
 

@@ -34,6 +34,11 @@ def test_the_row_of_a_recipe_shows_what_was_recorded(place, monkeypatch):
     assert line.split(" | ")[5:] == ["5.02", "5.05", "retrained on RTX 4090, seed 42 and RTX 4090, seed 42 |"]
 
 
+def test_one_study_is_rendered_without_the_readme_and_other_studies():
+    recipes = render.rendered(only=["peft-metamathqa"])
+    assert {paths.study_name(name) for name in recipes} == {"peft-metamathqa"}
+
+
 def test_drift_shows_what_differs():
     recipes = render.rendered()
     name = "haider2024/llama-2-7b.yaml"
