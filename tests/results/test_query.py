@@ -1,8 +1,10 @@
 """Queries of runs: conditions, order, columns, and the names of runs."""
 
 import csv
+import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 from run_folders import a_run
 
@@ -150,3 +152,34 @@ def test_settings_that_follow_from_the_recipe_are_those_of_the_config():
 def test_no_field_hides_a_setting_of_another_meaning():
     keys = read_json(paths.RECIPES / "axolotl.schema.json")["properties"]
     assert listing.FIELDS.keys() & keys.keys() == {"seed"}
+
+
+@pytest.mark.parametrize(
+    ("words", "form"),
+    [
+        ([], "runs"),
+        (["*llama*"], "runs"),
+        (["--where", "bleu4 > 5", "--sort", "eval_loss"], "runs"),
+        (["haider2024"], "study"),
+        (["haider2024", "--rehearse"], "study"),
+        (["ranks"], "sweep"),
+        (["runs/haider2024/llama-2-7b/1", "runs/haider2024/llama-2-7b/2"], "comparison"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_json_agrees_with_its_schema(recipe, words, form):
+    if form == "comparison":
+        for word in words:
+            Path(word, "scores.json").unlink()
+            write_rows(Path(word, "metrics.jsonl"), [{"step": 1, "loss": float(word[-1])}])
+    schema = json.loads((paths.RECIPES.parent / "docs" / "results.schema.json").read_text())
+    schema["anyOf"] = [{"$ref": f"#/$defs/{form}"}]
+    jsonschema.validate(recipe.json("results", *words), schema)
+
+
+def test_the_schema_has_all_fields_of_a_run():
+    schema = json.loads((paths.RECIPES.parent / "docs" / "results.schema.json").read_text())
+    (folder,) = query.folders_of(["1"])
+    result = RunResult(folder, folder.read())
+    scores = {field for name, score in result.scores.items() for field in score.as_json(name)}
+    assert listing.record(result).keys() - scores | {"eval_loss"} == schema["$defs"]["run"]["properties"].keys()
