@@ -178,14 +178,14 @@ def _layout(columns: Sequence[_Column], width: int, below: Sequence[str], keep: 
         return layout
     by_name = {column.name: column for column in columns}
     layout.below = [by_name[name] for name in below if name in by_name]
-    first, *others = [column for column in columns if column.name not in below]
-    kept = [by_name[name] for name in keep if by_name.get(name) in others]
+    first, *rest = [column for column in columns if column.name not in below]
+    important = [by_name[name] for name in keep if by_name.get(name) in rest]
     fitting = [first]
-    for column in [*kept, *others]:
+    for column in [*important, *rest]:
         if column not in fitting and layout.fits([*fitting, column]):
             fitting.append(column)
-    layout.beside = [column for column in [first, *others] if column in fitting]
-    layout.left_out = [column for column in others if column not in fitting]
+    layout.beside = [column for column in [first, *rest] if column in fitting]
+    layout.left_out = [column for column in rest if column not in fitting]
     return layout
 
 

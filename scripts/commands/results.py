@@ -2,7 +2,7 @@
 
 from glob import has_magic
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ from .options import (
     refuse_without,
     report_problems,
 )
+
+if TYPE_CHECKING:
+    from ..results.query import Query
 
 commands = typer.Typer(rich_markup_mode=None)
 _QUERY = "--where, --sort, --columns, --limit or --csv"
@@ -81,7 +84,7 @@ def results_command(
 ) -> None:
     """Show losses and scores of runs, a study or a sweep, or compare two runs."""
     refuse_together({"--json": json, "--csv": csv})
-    is_query = bool(where or sort or columns or csv or limit >= 0)
+    is_query = any((where, sort, columns, csv, limit >= 0))
     refuse_together({" ".join(names) or _QUERY: names or is_query, "--export": export})
     refuse_together({_QUERY: is_query, "--metric": metric, "--rehearse": rehearse})
     refuse_without("--metric", metric, "two runs", len(names) == 2)
@@ -90,26 +93,35 @@ def results_command(
     if export:
         _export(export)
     elif is_query:
-        from ..results import listing, query
-        from ..run.rundir import RunDir
+        from ..results.query import Query
 
-        asked = query.Query(where, sort, columns, limit)
-        if json and columns:
-            tables.print_json(query.table(names, asked))
-        elif json:
-            listing.show([RunDir(Path(row["run"])) for row in query.table(names, asked)], json)
-        else:
-            query.show(names, asked, csv)
-    elif len(names) == 2 and not any(map(has_magic, names)):
-        from ..results import compare, study_tables
-
-        pair = (names[0], names[1])
-        study_tables.show_comparison(compare.comparison(pair, paths.runs(), metric), pair, json)
+        _show_query(names, Query(where, sort, columns, limit), csv, json)
     elif len(names) == 1 and not has_magic(names[0]):
         _show_one(names[0], rehearse, by, json)
-    elif names or json or any(paths.run_folders(paths.runs())):
-        from ..results import listing, query
+    else:
+        _show_runs(names, metric, json)
 
+
+def _show_query(names: list[str], asked: "Query", csv: bool, json: bool) -> None:
+    from ..results import listing, query
+    from ..run.rundir import RunDir
+
+    if json and asked.columns:
+        tables.print_json(query.table(names, asked))
+    elif json:
+        listing.show([RunDir(Path(row["run"])) for row in query.table(names, asked)], json)
+    else:
+        query.show(names, asked, csv)
+
+
+def _show_runs(names: list[str], metrics: list[str], json: bool) -> None:
+    """Show the runs that names stand for, or compare two."""
+    from ..results import compare, listing, query, study_tables
+
+    if len(names) == 2 and not any(map(has_magic, names)):
+        pair = (names[0], names[1])
+        study_tables.show_comparison(compare.comparison(pair, paths.runs(), metrics), pair, json)
+    elif names or json or any(paths.run_folders(paths.runs())):
         listing.show(query.folders_of(names), json)
     else:
         say(f"no runs below {paths.runs()}/; `recipe run NAME --rehearse` makes one")

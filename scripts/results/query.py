@@ -153,12 +153,12 @@ class _Reader:
         names = self.query.columns or dict.fromkeys([*_LEADING, *self.metrics, *sorted_by, *compared, *_TRAILING])
         return [{name: rows[place].get(name) for name in names} for place in places]
 
-    def _row(self, named: Sequence[str]) -> Row:
+    def _row(self, further: Sequence[str]) -> Row:
         """Shown columns of the present run."""
         names = self.query.columns
         if not names and self.result:
             self.metrics |= self.result.columns
-            names = [*_LEADING, *self.result.columns, *named, *_TRAILING]
+            names = [*_LEADING, *self.result.columns, *further, *_TRAILING]
         return {name: without_secrets(self._value(name), name) for name in names}
 
     def _value(self, name: str) -> Any:
@@ -193,11 +193,11 @@ class _Reader:
         if not unknown:
             return
         keys = read_json(paths.RECIPES / "axolotl.schema.json")["properties"]
-        known = {*listing.FIELDS, *METRICS, *keys, *self.seen}
+        columns = {*listing.FIELDS, *METRICS, *keys, *self.seen}
         if self.result:
-            known |= self.result.columns.keys() | self.result.config_values.keys()
-        for name in sorted(unknown - known):
-            hint = did_you_mean(name, known) or "; columns are fields, metrics, and settings by dotted key"
+            columns |= self.result.columns.keys() | self.result.config_values.keys()
+        for name in sorted(unknown - columns):
+            hint = did_you_mean(name, columns) or "; columns are fields, metrics, and settings by dotted key"
             raise UserError(f"no run has a column of that name{hint}", key=name)
 
 

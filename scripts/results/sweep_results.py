@@ -258,9 +258,9 @@ def ranking(rows: Sequence[SweepRow], by: str = LOSS) -> list[SweepRow]:
     columns = rows[0].columns
     if by != LOSS and by not in columns:
         raise UserError(f"no metric of the sweep{did_you_mean(by, columns)}", key=f"--by {by}")
-    known = [row for row in rows if row.comparable(by) is not None]
+    scored = [row for row in rows if row.comparable(by) is not None]
     reverse = by != LOSS and columns[by].metric.higher_is_better
-    return sorted(known, key=methodcaller("comparable", by), reverse=reverse)
+    return sorted(scored, key=methodcaller("comparable", by), reverse=reverse)
 
 
 def _about_best(best: Sequence[SweepRow], by: str) -> Iterator[str]:
