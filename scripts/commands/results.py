@@ -84,7 +84,7 @@ def results_command(
 ) -> None:
     """Show losses and scores of runs, a study or a sweep, or compare two runs."""
     refuse_together({"--json": json, "--csv": csv})
-    is_query = any((where, sort, columns, csv, limit >= 0))
+    is_query = (where, sort, columns, limit, csv) != ("", [], [], -1, False)
     refuse_together({" ".join(names) or _QUERY: names or is_query, "--export": export})
     refuse_together({_QUERY: is_query, "--metric": metric, "--rehearse": rehearse})
     refuse_without("--metric", metric, "two runs", len(names) == 2)

@@ -21,7 +21,7 @@ from ..training.run_record import GPU_MEMORY, Summary
 from . import verdict
 from .run_result import RunResult, RunScore
 
-FIRST_EVAL_LOSS = "eval loss at first"
+FIRST_EVAL_LOSS = "first loss"
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown without a loss per token
 REHEARSALS = "Rehearsals (small model, few rows; not comparable with any published score)"
 _FILES = "GGUF files, each below the adapter that it was made of; a quantized file is not refused for its KL"

@@ -389,6 +389,11 @@ class Migration:
             self.set("eot_tokens", [*ends, end], "type sharegpt trained on the end of each answer")
         return untrained
 
+    def unpack_preferences(self) -> None:
+        """Remove packing of preference pairs, which old releases read and ignored (v0.4.0: trainer_builder.py)."""
+        if self.config.get("rl") and self.config.get("sample_packing"):
+            self.set("sample_packing", None, "pairs of answers were not packed")
+
     def skip_evaluation(self) -> None:
         """Remove times of evaluation if no rows are held out."""
         if self._has("val_set_size", "test_datasets"):
@@ -557,6 +562,7 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
     migration.update_datasets()
     migration.remove_unread()
     migration.skip_evaluation()
+    migration.unpack_preferences()
     migration.state_defaults()
     return migration
 

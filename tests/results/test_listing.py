@@ -100,9 +100,9 @@ def test_gguf_files_stand_below_their_adapter(tmp_path, recipe):
 @pytest.mark.parametrize(
     ("width", "left_out"),
     [
-        (80, "published, difference, eval loss at first, step, rows, peak GiB, minutes"),
-        (100, "eval loss at first, step, rows, peak GiB, minutes"),
-        (120, "step, rows, peak GiB, minutes"),
+        (80, "published, difference, first loss, step, rows, peak GiB, minutes"),
+        (100, "first loss, step, rows, peak GiB, minutes"),
+        (120, "rows, peak GiB, minutes"),
     ],
 )
 def test_a_terminal_shows_losses_and_scores_first(tmp_path, recipe, monkeypatch, width, left_out):

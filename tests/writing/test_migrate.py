@@ -194,6 +194,7 @@ def changed(text: str, release: str) -> Config:
             },
             id="sharegpt-with-roles",
         ),
+        pytest.param("rl: dpo\nsample_packing: true", {"sample_packing": None}, id="packed-pairs"),
     ],
 )
 def test_a_setting_is_renamed_or_removed(text, expected):
