@@ -27,7 +27,6 @@ from .step_plan import (
     loading,
     needed_per_gpu,
     plan_step,
-    required_gib,
 )
 from .work import Work
 
@@ -309,14 +308,25 @@ def add_memory_finding(report: check.Report, gpu: Gpu | None, gpus: int | None =
         return
     if gpu is None or not gpu.memory:
         return
-    finding = _not_planned(composed.config, gpus) or _memory_finding(composed.config, gpu, gpus or 1, trace)
-    findings = [finding] if finding else []
-    memory = None
-    if finding is None or finding.level == "warning":
-        memory = plan_step(composed.config, gpu, download=False)[0].stored
-    if memory:
-        findings += _disk_findings(disk.checkpoints(composed.config, memory, gpus or 1), starts=trace)
-    report.add(check.placed(findings, composed))
+    report.add(check.placed([*_space_findings(composed.config, gpu, gpus, trace)], composed))
+
+
+def _space_findings(config: Config, gpu: Gpu, gpus: int | None, trace: bool) -> Iterator[Finding]:
+    """Findings on GPU memory and disk space, or a note on why a config has no plan."""
+    if note := _not_planned(config, gpus):
+        yield note
+        return
+    try:
+        step_plan, _ = plan_step(config, gpu, download=trace)
+        memory = step_plan.memory if trace else step_plan.stored
+    except UserError as error:
+        yield _unknown(str(error), "base_model")
+        return
+    if memory is None:
+        yield _unknown("run `recipe plan NAME`")
+        return
+    yield from _memory_findings(step_plan, config, gpu, gpus or 1)
+    yield from _disk_findings(disk.checkpoints(config, memory, gpus or 1), starts=trace)
 
 
 def _not_planned(config: Config, gpus: int | None) -> Finding | None:
@@ -346,22 +356,17 @@ def _disk_findings(checkpoints: Checkpoints, starts: bool) -> Iterator[Finding]:
     yield Finding(level, "full-disk", "save_total_limit", problem, remedy, rule_scope="machine")
 
 
-def _memory_finding(config: Config, gpu: Gpu, gpus: int, trace: bool) -> Finding | None:
-    """Finding on a config that needs too much memory, or whose memory is unknown."""
-    try:
-        needed = required_gib(config, gpu, trace, gpus)
-    except UserError as error:
-        return _unknown(str(error), "base_model")
-    if needed is None:
-        return _unknown("run `recipe plan NAME`")
+def _memory_findings(step_plan: StepPlan, config: Config, gpu: Gpu, gpus: int) -> Iterator[Finding]:
+    """Finding on a config that needs too much memory."""
+    needed = needed_per_gpu(step_plan, config, gpus) / GIB
     usable = usable_gib(gpu)
     if needed <= usable:
-        return None
+        return
     place = f" on each of {gpus} GPUs under {parallelism_of(config)}" if gpus > 1 else ""
     size = f"needs {needed:.1f} GiB{place}; {usable:.1f} GiB of {gpu} are usable"
     remedy = "`recipe plan NAME` lists changes that help"
-    step_plan, _ = plan_step(config, gpu, download=False)
     if needed - step_plan.more_in_evaluation / GIB <= usable:  # rows of an evaluation may be few and short
         problem = f"training fits, but a full batch of evaluation {size}"
-        return Finding("warning", "too-big", "eval_batch_size", problem, remedy, rule_scope="gpu")
-    return Finding("error", "too-big", "micro_batch_size", f"a full batch {size}", remedy, rule_scope="gpu")
+        yield Finding("warning", "too-big", "eval_batch_size", problem, remedy, rule_scope="gpu")
+    else:
+        yield Finding("error", "too-big", "micro_batch_size", f"a full batch {size}", remedy, rule_scope="gpu")

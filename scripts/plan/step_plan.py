@@ -194,7 +194,7 @@ def _evaluation(config: Config, settings: TrainingSettings) -> Shape | None:
 
 
 def required_gib(config: Config, gpu: Gpu | None = None, trace: bool = False, gpus: int = 1) -> float | None:
-    """GiB that a config needs on each GPU; None if no plan is built in or cached.
+    """GiB that a config's training needs on each GPU; None if no plan is built in or cached.
 
     Args:
         config: the config.
@@ -208,7 +208,7 @@ def required_gib(config: Config, gpu: Gpu | None = None, trace: bool = False, gp
     step_plan, _ = plan_step(config, gpu, download=trace)
     if not step_plan.stored and not trace:
         return None
-    return needed_per_gpu(step_plan, config, gpus) / GIB
+    return (needed_per_gpu(step_plan, config, gpus) - step_plan.more_in_evaluation) / GIB
 
 
 def needed_per_gpu(step_plan: StepPlan, config: Config, gpus: int) -> float:

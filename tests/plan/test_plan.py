@@ -333,7 +333,7 @@ def test_a_larger_evaluation_decides_what_fits(small):
     gpu = gpus.Gpu("card", TURING, 1.001 * training.needed / GIB / step_plan.USABLE)
     [change] = plan.plan(larger, gpu)[0].changes
     assert (change.set, change.fits) == ({"eval_batch_size": 2}, True)
-    finding = plan._memory_finding(larger, gpu, 1, trace=True)
+    [finding] = plan._memory_findings(step_plan.plan_step(larger, gpu)[0], larger, gpu, 1)
     assert (finding.level, finding.name) == ("warning", "too-big:eval_batch_size")
     assert finding.problem == (
         f"training fits, but a full batch of evaluation needs {planned.needed / GIB:.1f} GiB; "

@@ -12,7 +12,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request
 from qlora_recipes.evaluate.evaluate import EvaluationRequest
-from qlora_recipes.plan import plan, step_plan
+from qlora_recipes.plan import step_plan
 from qlora_recipes.run import run
 from qlora_recipes.run.backends import Command, Step, Task, TaskResult
 from qlora_recipes.run.backends.local import Local
@@ -83,15 +83,12 @@ def test_an_invalid_config_has_no_pipeline_but_a_result():
 
 @pytest.mark.parametrize("force", [[], [pipeline.TOO_BIG]])
 def test_a_config_that_is_too_big_fails_unless_this_is_overridden(monkeypatch, force):
-    for module in (plan, step_plan):
-        monkeypatch.setattr(module, "required_gib", lambda *_, **__: 38.1)
+    monkeypatch.setattr(step_plan, "required_gib", lambda *_, **__: 38.1)
     t4 = gpus.find_gpu("T4")
     planned = pipeline_of(Request(NAME, force=force), t4)
     assert planned.plan() == bool(force)
     assert planned.needed_gib == 38.1
-    finding = plan._memory_finding({}, t4, 1, trace=False)
-    assert finding
-    assert finding.name == pipeline.TOO_BIG
+    assert pipeline.TOO_BIG == "too-big:micro_batch_size"  # as in test_check
 
 
 def with_rows(path: str) -> Request:
