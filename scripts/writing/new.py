@@ -145,8 +145,9 @@ def of_migration(migration: Migration, model: Changes = NO_CHANGES) -> Changes:
     migrated = {key: Change(migration.config.get(key), reasons) for key, reasons in migration.reasons().items()}
     header = list(model.header)
     if migration.release != migrate.supported():
-        line = f"# Axolotl   written for {migration.release}, migrated to {migrate.supported()} by `recipe new --from`"
-        header.insert(0, line)
+        guess = " or earlier" if migration.sign else ""
+        releases = f"{migration.release}{guess}, migrated to {migrate.supported()}"
+        header.insert(0, f"# Axolotl   written for {releases} by `recipe new --from`")
     return Changes({**migrated, **model.changes}, header, model.notes)
 
 

@@ -582,6 +582,8 @@ def test_a_config_of_2023_becomes_a_variant_that_passes_the_check(place, recipe)
         "written for Axolotl 0.3.0 or earlier (base_model_config), a guess by its keys; if you know the release, "
         "pass --axolotl"
     )
+    header = "# Axolotl   written for 0.3.0 or earlier, migrated to 0.21.0 by `recipe new --from`\n"
+    assert header in (place / "variants/mine.yaml").read_text()
     config = yamlfiles.read_yaml(place / "variants/mine.yaml")
     former = yamlfiles.read_yaml(place / "old.yml")
     assert {key: config.get(key) for key in former | config if config.get(key) != former.get(key)} == {
