@@ -109,6 +109,11 @@ def compare_rows(report: Report, request: Request) -> None:
     errors = remaining_errors(report.findings, request.force)
     if report.composed is None or any(error.scope in ("code", "step") for error in errors):
         return
+    if not report.data:  # else all rows were read
+        from . import rows
+
+        row_findings, _ = rows.check_rows(report.composed.config, {finding.key for finding in report.findings}, SAMPLE)
+        report.add(row_findings)
     try:
         report.compared = compare_sample(report, report.composed, request.ranks)
     except UserError as error:
@@ -303,8 +308,7 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1) -> None:
         from . import token_lengths
 
         findings, measured = token_lengths.lengths(composed.config, None, gpus)
-    compared = {finding.name for finding in report.findings if finding.rule == LEAKED}
-    report.add(placed((finding for finding in findings if finding.name not in compared), composed))
+    _add_row_findings(report, findings, composed)
     by_key = {measures["key"]: measures for measures in measured}
     for size in report.data:
         size.update(by_key.get(size["key"], {}))
@@ -342,8 +346,14 @@ def compare_sample(report: Report, composed: Composed, gpus: int = 1) -> bool:
         rows = [asdict(finding) for finding in findings]
         with suppress(OSError):
             write_json(file, {"findings": rows})
-    report.add(placed([Finding(**row) for row in rows], composed))
+    _add_row_findings(report, [Finding(**row) for row in rows], composed)
     return True
+
+
+def _add_row_findings(report: Report, findings: Iterable[Finding], composed: Composed) -> None:
+    """Add findings about tokens, except for leaked rows that the text of the rows has shown."""
+    leaked = {finding.name for finding in report.findings if finding.rule == LEAKED}
+    report.add(placed((finding for finding in findings if finding.name not in leaked), composed))
 
 
 def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[list[int], float]:

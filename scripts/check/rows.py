@@ -20,7 +20,9 @@ from ..config.finding import LEAKED, Faults, FaultyRows, Finding, Level
 from ..training.row_types import RowMistake, RowType, Segments, row_type
 
 
-def check_rows(config: Config, wrong: Collection[str] = ()) -> tuple[list[Finding], list[Row]]:
+def check_rows(
+    config: Config, wrong: Collection[str] = (), sample: int | None = None
+) -> tuple[list[Finding], list[Row]]:
     """Find mistakes in local JSONL rows; also return each data set's size.
 
     Each file is streamed once. A hash of each row (some 100 bytes) stays in memory, to find rows that repeat within
@@ -29,6 +31,7 @@ def check_rows(config: Config, wrong: Collection[str] = ()) -> tuple[list[Findin
     Args:
         config: a config without the values that break the schema.
         wrong: keys with findings; a data set whose type is wrong is skipped, because its fields are unknown.
+        sample: the number of rows to read from each data set, drawn over it; None for all.
     """
     special = models.find(config).special_tokens
     findings: list[Finding] = []
@@ -38,6 +41,7 @@ def check_rows(config: Config, wrong: Collection[str] = ()) -> tuple[list[Findin
         if f"{dataset.key}.type" in wrong:
             continue
         reader = _Reader(dataset, special, seen)
+        reader.step = datafiles.stride(datafiles.count_jsonl(dataset.entry), sample)
         for file in reader.files:
             reader.read(file)
             findings += file.findings()
@@ -187,6 +191,7 @@ class _Reader:
             added.
 
     Attributes:
+        step: distance of the rows to read.
         paths: existing files of the data set.
         files: those that are JSONL.
         unread: fields of the rows that the type does not read, at most `Faults.MOST_SUBJECTS`.
@@ -194,6 +199,7 @@ class _Reader:
 
     def __init__(self, dataset: DatasetRef, special: str | None, seen: dict[int, str]):
         self.dataset = dataset
+        self.step = 1
         self.key = f"{dataset.key}.path"
         self.type = row_type(dataset.entry)
         self.paths = datafiles.present_files(dataset.entry)
@@ -206,7 +212,8 @@ class _Reader:
 
     def read(self, file: _File) -> None:
         """Count a file's rows, up to the data set's limit, and their mistakes."""
-        for (_, number), line in islice(lines_of(file.path), datafiles.first_rows(self.dataset.entry)):
+        lines = islice(lines_of(file.path), 0, datafiles.first_rows(self.dataset.entry), self.step)
+        for (_, number), line in lines:
             file.rows += 1
             self._check_line(file, number, line)
 

@@ -17,7 +17,7 @@ from ..config.training_settings import TrainingSettings
 from ..data.raw_rows import parquet_batches
 from ..training.losses import pieces
 from ..training.row_types import row_type
-from ..training.tokens import Tokenizer, Tokens, count_packed, padding, stride, unknown_roles
+from ..training.tokens import Tokenizer, Tokens, count_packed, padding, unknown_roles
 from .rendered_rows import RenderedRows
 from .rows import LEAKED_ROWS, Place, Wording, example, lines_of, readable
 
@@ -264,7 +264,7 @@ class _TokenizedSet:
         remedy = f"raise it, or shorten these rows: the longest has {max(self.sizes)} tokens"
         if "sequence_len" not in self.tokenizer.content:
             level, limit = "error", f"{cfg.sequence_len} tokens, the default of sequence_len"
-            remedy = f"set it; {remedy}"
+            remedy = f"set and {remedy}"
         problem = f"{long} of {rows} rows exceed {limit}: {consequence}"
         yield Finding(level, "too-long", f"{self.dataset.key}.path", problem, remedy)
 
@@ -300,7 +300,7 @@ def _numbered(tokenizer: Tokenizer, dataset: DatasetRef, sample: int | None = No
         return
     lines = chain.from_iterable(map(lines_of, files))
     kind = row_type(dataset.entry)
-    step = stride(datafiles.count_jsonl(dataset.entry), sample)
+    step = datafiles.stride(datafiles.count_jsonl(dataset.entry), sample)
     for place, line in islice(lines, 0, datafiles.first_rows(dataset.entry), step):
         row = readable(kind, line)
         if row is not None:

@@ -139,7 +139,7 @@ def _skipped(reports: "list[Report]", data: bool, quick: bool) -> str:
     if all(report.compared for report in reports):
         text += f", at most {SAMPLE} rows read (--all-rows)"
     elif not data:
-        text += ", rows not read (--all-rows)"
+        text += ", rows not tokenized (--all-rows)"
     if quick:
         text += ", not validated by Axolotl (--quick)"
     return text

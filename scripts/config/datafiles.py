@@ -1,5 +1,6 @@
 """A config's data sets and their files on this machine."""
 
+import math
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -374,6 +375,11 @@ def first_rows(dataset: Config) -> int | None:
     """Number of rows in a split such as `train[:40]`; None for all."""
     match = re.fullmatch(r"train\[:(\d{1,18})\]", str(dataset.get("split")))
     return int(match[1]) if match else None
+
+
+def stride(rows: int, sample: int | None) -> int:
+    """Distance of rows to read so that at most a sample is drawn over all rows; 1 without a sample."""
+    return max(1, math.ceil(rows / sample)) if sample else 1
 
 
 def count_rows(path: Path) -> int:

@@ -195,7 +195,7 @@ class Tokenizer:
         except Exception as error:  # files, the network and the hub can raise any exception
             problem = f"cannot load the rows: {with_type(error)}"
             raise UserError(f"{entry['path']}: {problem}", key=dataset.key) from None
-        step = stride(sum(map(len, parts)), sample)
+        step = datafiles.stride(sum(map(len, parts)), sample)
         first = 1
         for part in parts:
             drawn = range(0, len(part), step)
@@ -247,11 +247,6 @@ class Tokenizer:
         except Exception as error:  # files, templates and tokenizers can raise any exception
             problem = f"Axolotl cannot prepare the rows: {with_type(error)}"
             raise UserError(problem, key="datasets", remedy="run `recipe check NAME --all-rows`") from None
-
-
-def stride(rows: int, sample: int | None) -> int:
-    """Distance of rows to read so that at most a sample is drawn over all rows; 1 without a sample."""
-    return max(1, math.ceil(rows / sample)) if sample else 1
 
 
 def trained_on(content: Config) -> tuple[list[int], float]:

@@ -118,6 +118,16 @@ def test_a_run_refuses_bad_rows(place, recipe):
     assert not (place / "runs").exists()
 
 
+def test_a_check_without_a_tokenizer_reads_the_text_of_200_rows(place, recipe):
+    good = '{"instruction": "a%d", "output": "b"}\n'
+    (place / "bad.jsonl").write_text("".join(map(good.__mod__, range(400))) + '{"instruction": "a"}\n' * 3)
+    done = recipe.fails("check", NAME, "--set", "datasets.0.path=bad.jsonl")
+    assert done.stdout.splitlines()[0] == (
+        "bad.jsonl:403: error: datasets.0.path: 1 row: the field output is missing; correct or drop these rows "
+        "[bad-row:datasets.0.path]"
+    )
+
+
 def test_what_is_too_big_for_a_card_is_an_error(place, tiny):
     change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": {"pad_token": "</s>"}}
     change["sequence_len"] = 1816  # of no other test, whose plan would be in the cache
