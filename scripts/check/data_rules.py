@@ -30,7 +30,7 @@ def not_prepared(case: Case) -> Problems:
     """A run needs prepared data; checking only the config does not."""
     adapter = case["lora_model_dir"]
     if isinstance(adapter, str) and not Path(adapter).exists() and (remedy := studies.fetch_command(adapter)):
-        yield "error", "lora_model_dir", f"{paths.shown(Path(adapter))} is not fetched yet", f"run {remedy}"
+        yield case.missing_data, "lora_model_dir", f"{paths.shown(Path(adapter))} is not fetched yet", f"run {remedy}"
     rehearse = "; or add --rehearse, which does not need it" if case.launching else ""
     remedies = set[str]()
     for dataset in datafiles.datasets(case.config):
