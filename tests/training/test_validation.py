@@ -122,10 +122,9 @@ def test_plugins_of_an_unreadable_kind_are_not_imported(recipe, tmp_path, monkey
     (tmp_path / "elsewhere" / "a_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Plugin: pass\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"))
     (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({"plugins": {"a_module.Plugin": 1}})))
-    done = recipe.fails("check", "mine.yaml")
-    assert asked == []
+    recipe.fails("check", "mine.yaml")
+    assert asked == [1]
     assert not (tmp_path / "ran").exists()
-    assert "[not-checked]" in done.stdout
 
 
 def cpu_of(*words: str, cwd: Path, cache: Path) -> float:
