@@ -15,6 +15,7 @@ import yaml
 from ..base import hub, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, write_atomically
+from ..base.secrets import without_secrets
 from ..base.yamlfiles import Config
 from ..check import check
 from ..check.check import Report
@@ -347,7 +348,7 @@ def edited(text: str, key: str, change: Change, where: str) -> str:
         first = name.start_mark.line
         end = _end(lines, _next_key(document, lines, first))
         behind = node.end_mark if node.end_mark.line == first else name.end_mark
-        was = shorten(yamlfiles.write_flow(before[key]), 100, placeholder=" …")
+        was = shorten(yamlfiles.write_flow(without_secrets(before[key], key)), 100, placeholder=" …")
         source = source or lines[first][behind.column :].partition(" #")[2].strip()
     reason = f"; {source}" if source else ""
     if key in after:

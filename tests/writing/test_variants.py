@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import pytest
-from conftest import typed
+from conftest import config_with, typed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -286,3 +286,9 @@ def test_a_run_of_a_variant_lists_its_differences_from_that(place):
     assert row["variant_of"] == BASE
     assert row["changed"] == {"lora_r": 16, "lora_alpha": 8}
     assert row["other_base_model"] == "Qwen/Qwen3-0.6B"  # of the study's
+
+
+def test_the_former_value_of_a_secret_is_masked(place, recipe):
+    (place / "theirs.yaml").write_text(yamlfiles.write_yaml(config_with({"hub_token": "hf_" + "a" * 34})))
+    recipe.ok("new", "mine", "--from", "theirs.yaml", "--set", "hub_token=null")
+    assert "hf_a" not in (place / "variants/mine.yaml").read_text()
