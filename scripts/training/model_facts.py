@@ -15,7 +15,6 @@ from peft.utils import load_peft_weights
 
 from ..base.yamlfiles import Config
 from ..config.finding import MODEL
-from ..config.merging import listed
 from ..config.models import TRAINABLE
 from ..config.numerics import precision
 from .signals import Findings
@@ -94,10 +93,8 @@ def facts(config: Config, model: Any, tokenizer: Any, rows: int) -> Iterator[Fac
 
 
 def _adds_all_linear(config: Config) -> bool:
-    """True if the targets are all linear layers, perhaps with embedding or head."""
-    targets = listed(config, "lora_target_modules")
-    is_all = bool(config.get("lora_target_linear")) and not set(targets) - set(TRAINABLE)
-    return is_all or config.get("lora_target_modules") == "all-linear"
+    """True if the targets are all linear layers; `check` warns of a list beside the key."""
+    return bool(config.get("lora_target_linear")) or config.get("lora_target_modules") == "all-linear"
 
 
 def _plain(value: Any) -> Any:
