@@ -57,8 +57,12 @@ def columns() -> int:
 
 
 def say(text: str) -> None:
-    """Log a message without secrets; commands show it, see `show_messages`."""
-    _LOG.info("%s", masked(text))
+    """Log a message without secrets; commands show it, see `show_messages`.
+
+    `hub.importing_axolotl` disables other messages below errors, so this one does not go through `Logger.info`.
+    """
+    if _LOG.getEffectiveLevel() <= logging.INFO:
+        _LOG.handle(_LOG.makeRecord(_LOG.name, logging.INFO, __file__, 0, masked(text), (), None))
 
 
 def show_messages() -> None:

@@ -116,15 +116,16 @@ def _show_query(names: list[str], asked: "Query", csv: bool, json: bool) -> None
 
 def _show_runs(names: list[str], metrics: list[str], json: bool) -> None:
     """Show the runs that names stand for, or compare two."""
+    if not names and not json and not any(paths.run_folders(paths.runs())):
+        say(f"no runs below {paths.runs()}/; `recipe run NAME --rehearse` makes one")
+        return
     from ..results import compare, listing, query, study_tables
 
     if len(names) == 2 and not any(map(has_magic, names)):
         pair = (names[0], names[1])
         study_tables.show_comparison(compare.comparison(pair, paths.runs(), metrics), pair, json)
-    elif names or json or any(paths.run_folders(paths.runs())):
-        listing.show(query.folders_of(names), json)
     else:
-        say(f"no runs below {paths.runs()}/; `recipe run NAME --rehearse` makes one")
+        listing.show(query.folders_of(names), json)
 
 
 def _export(name: str) -> None:

@@ -140,7 +140,6 @@ MISTAKES = [
         "3.2-3b: matches haider2024/llama-3.2-3b, tinker-tulu3/llama-3.2-3b-lora, "
         "tinker-tulu3/llama-3.2-3b-qlora; give more of the name",
     ),
-    ("results a b c", "a b c: give two runs to compare, or a run and a file of predictions"),
     ("results --export x --rehearse", "--rehearse: works only with a study"),
     ("results haider2024/llama-2-7b --metric bleu4", "--metric: works only with two runs"),
     ("report", "latest: no run of that name below runs/; `recipe run` starts one"),

@@ -345,7 +345,7 @@ def test_a_failing_axolotl_fails_the_run(with_fake_axolotl, tiny_profile, tmp_pa
     assert end.endswith(f": Axolotl failed; the full log is {run.log.relative_to(tmp_path)}")
     shown = with_fake_axolotl("results", "latest")
     assert f"{raised} {error} {end}" in shown.stdout
-    assert shown.stderr.endswith(f"next: recipe check {run.config_file.relative_to(tmp_path)} --all-rows\n")
+    assert shown.stderr.endswith(f"next: recipe resume {run.path.name}\n")
     (row,) = with_fake_axolotl.json("results")
     assert row["trouble"] == "\n".join([raised, error, end])
 

@@ -120,7 +120,7 @@ def test_a_mirror_is_collated_as_its_original(tiny, tmp_path):
 def test_the_eval_loss_is_that_of_the_checkpoint_that_was_kept(tmp_path):
     run = RunDir(tmp_path)
     callback = RunCallback(run.metrics, TRAINER, None)
-    arguments = SimpleNamespace(device="cpu", output_dir=str(run.output), load_best_model_at_end=True)
+    arguments = SimpleNamespace(report_to=[], device="cpu", output_dir=str(run.output), load_best_model_at_end=True)
     for step, loss in ((2, 4.2), (4, 4.1), (6, 7.1)):
         callback.on_log(arguments, state_at(step), STOPPING, logs={"eval_loss": loss, "eval_loss_per_token": loss + 1})
     assert summarise(run.read_metrics()).eval_loss == 7.1
@@ -154,8 +154,8 @@ def test_a_first_loss_that_no_intact_model_has_ends_the_training(
     callback = RunCallback(tmp_path / "metrics.jsonl", TRAINER, None, judge=judge)
     callback.labels = torch.tensor(labels)
     control = SimpleNamespace(should_training_stop=False)
-    callback.on_log(SimpleNamespace(device="cpu"), state_at(1), control, logs={"loss": loss})
-    callback.on_log(SimpleNamespace(device="cpu"), state_at(2), control, logs={"loss": 99.0})  # not the first one
+    callback.on_log(SimpleNamespace(report_to=[], device="cpu"), state_at(1), control, logs={"loss": loss})
+    callback.on_log(SimpleNamespace(report_to=[], device="cpu"), state_at(2), control, logs={"loss": 99.0})
     summary = summarise(RunDir(tmp_path).read_metrics())
     assert [finding["rule"] for finding in summary.findings] == ["first-loss"] * is_high
     if is_high:
@@ -176,10 +176,10 @@ def test_labels_and_batches_without_them_are_counted_until_a_loss(tmp_path):
     assert callback.labels == 3  # nothing predicts the first token of a row
     assert callback.empty == 0
     control = SimpleNamespace(should_training_stop=False)
-    callback.on_log(SimpleNamespace(device="cpu"), state_at(1), control, logs={"loss": 2.0})
+    callback.on_log(SimpleNamespace(report_to=[], device="cpu"), state_at(1), control, logs={"loss": 2.0})
     callback._count(model, None, inputs | {"labels": torch.full((2, 4), -100)})
     assert (callback.labels, callback.empty) == (0, 1)
-    callback.on_log(SimpleNamespace(device="cpu"), state_at(2), control, logs={"loss": 2.0})
+    callback.on_log(SimpleNamespace(report_to=[], device="cpu"), state_at(2), control, logs={"loss": 2.0})
     assert [*judge.findings] == ["training:labels"]
 
 
@@ -207,7 +207,7 @@ def test_tokens_are_counted_without_padding_in_training_only(tmp_path):
 
     model = Model()
     callback = RunCallback(tmp_path / "metrics.jsonl", SimpleNamespace(model=model, train_dataset=range(131)), None)
-    arguments = SimpleNamespace(device="cpu", eval_on_start=True, full_determinism=False)
+    arguments = SimpleNamespace(report_to=[], device="cpu", eval_on_start=True, full_determinism=False)
     handler = signal.getsignal(signal.SIGTERM)
     callback.on_train_begin(arguments, state_at(0), None)
     signal.signal(signal.SIGTERM, handler)
