@@ -187,7 +187,7 @@ def without_consent(key: str, value: Any) -> list[str]:
         ("datasets.3.path", ["/data/rows.jsonl", "s3://x/y", "owner/rows"], []),
         ("output_dir", ["/workspace/out", "./out"], []),
         ("dynamic_checkpoint.trigger_file_path", ["", "save.now"], ["/a", "../a", "..", "~", "a/b", ".", "a\n/b"]),
-        ("mlflow_tracking_uri", ["databricks"], ["HTTP://x", "https://x", "sqlite:////home/x.db", "./mlruns"]),
+        ("mlflow_tracking_uri", ["databricks", "./mlruns"], ["HTTP://x", "sqlite:////home/x.db", "../runs", "/x"]),
         ("swanlab_api_host", ["https://api.swanlab.cn/api", "HTTPS://SwanLab.cn"],
          ["https://swanlab.cn.x.org", "https://swanlab.cn@x.org", "http://swanlab.cn", "https://api.swanlab.cn:1@x/"]),
         ("trl.vllm_server_host", ["0.0.0.0", "LOCALHOST"], ["127.0.0.1.x.org", "10.0.0.1"]),
