@@ -12,7 +12,7 @@ from ..base.errors import UserError, recipe_command
 from ..base.files import Row, read_json
 from ..base.terminal import harmless, say
 from .help import RecipeCommand, suggest
-from .options import Json, Name, complete_recipes, recipe_argument
+from .options import Json, Name, complete_recipes, recipe_argument, recipe_or_run
 
 commands = typer.Typer(rich_markup_mode=None)
 
@@ -146,27 +146,25 @@ def show_command(name: Name, json: Json = False) -> None:
 @commands.command(
     "diff",
     cls=RecipeCommand,
-    epilog="recipe diff code-llama-7b llama-3.2-3b\nrecipe diff runs/A/config.yaml runs/B/config.yaml",
+    epilog="recipe diff code-llama-7b llama-3.2-3b\nrecipe diff RUN_A RUN_B",
 )
 def diff_command(
     a: Annotated[
         str,
-        recipe_argument(
-            metavar="A",
-            help="Recipe name or YAML file, such as a run's config.yaml.",
-        ),
+        recipe_argument(metavar="A", callback=recipe_or_run, help="Recipe name, YAML file, or run."),
     ],
     b: Annotated[
         str,
         recipe_argument(
             metavar="[B]",
+            callback=recipe_or_run,
             show_default=False,
-            help="Second recipe or file; default: the recipe that A is derived from.",
+            help="The other; default: the recipe that A is derived from.",
         ),
     ] = "",
     json: Json = False,
 ) -> None:
-    """Compare two recipes or configs, key by key."""
+    """Compare two recipes, configs or runs, key by key."""
     from ..config.origin import recipe_diff
 
     rows = recipe_diff(a, b)

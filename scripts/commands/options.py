@@ -38,6 +38,23 @@ def full_name(context: typer.Context, name: str) -> str:
     return recipe
 
 
+def recipe_or_run(context: typer.Context, name: str) -> str:
+    """Full name of a recipe, see `full_name`; or the config of the run that the name stands for.
+
+    Raises:
+        UserError: the name matches no recipe, file or run, or several.
+    """
+    try:
+        return full_name(context, name)
+    except UserError as error:
+        from ..run.rundir import find_run
+
+        try:
+            return str(find_run(name, paths.runs()).config_file)
+        except UserError:
+            raise error from None
+
+
 def study_or_full_name(context: typer.Context, name: str) -> str:
     """Name of a study, or a recipe's full name; see `full_name`."""
     return name if paths.is_study(name) else full_name(context, name)

@@ -27,6 +27,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..results.query import Query
+    from ..run.rundir import RunDir
 
 commands = typer.Typer(rich_markup_mode=None)
 _QUERY = "--where, --sort, --columns, --limit or --csv"
@@ -82,12 +83,12 @@ def results_command(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show losses and scores of runs, a study or a sweep, or compare two runs."""
+    """Show losses and scores of runs, a study or a sweep, or compare runs."""
     refuse_together({"--json": json, "--csv": csv})
     is_query = (where, sort, columns, limit, csv) != ("", [], [], -1, False)
     refuse_together({" ".join(names) or _QUERY: names or is_query, "--export": export})
     refuse_together({_QUERY: is_query, "--metric": metric, "--rehearse": rehearse})
-    refuse_without("--metric", metric, "two runs", len(names) == 2)
+    refuse_without("--metric", metric, "two or more runs", len(names) > 1)
     refuse_without("--by", by, "a sweep", len(names) == 1 and not is_query)
     refuse_without("--rehearse", rehearse, "a study", len(names) == 1)
     if export:
@@ -115,17 +116,30 @@ def _show_query(names: list[str], asked: "Query", csv: bool, json: bool) -> None
 
 
 def _show_runs(names: list[str], metrics: list[str], json: bool) -> None:
-    """Show the runs that names stand for, or compare two."""
+    """Show the runs that names stand for, or compare them."""
     if not names and not json and not any(paths.run_folders(paths.runs())):
         say(f"no runs below {paths.runs()}/; `recipe run NAME --rehearse` makes one")
         return
-    from ..results import compare, listing, query, study_tables
+    from ..results import comparison, listing, query
 
-    if len(names) == 2 and not any(map(has_magic, names)):
-        pair = (names[0], names[1])
-        study_tables.show_comparison(compare.comparison(pair, paths.runs(), metrics), pair, json)
+    sides = [] if any(map(has_magic, names)) else [*map(_side, names)]
+    if 1 < len(sides) <= len(comparison.LABELS) and all(sides):
+        comparison.show(comparison.of_sides(filter(None, sides), metrics), json)
+        if not any(Path(name).is_file() for name in names):
+            suggest("report", *names, json=json)
     else:
         listing.show(query.folders_of(names), json)
+
+
+def _side(name: str) -> "RunDir | Path | None":
+    """Run or file of predictions to compare; None for a study or sweep."""
+    from ..run.rundir import RunDir
+    from ..study.sweep import find_run_sweep_or_study
+
+    if Path(name).is_file():
+        return Path(name)
+    thing = find_run_sweep_or_study(name)
+    return thing if isinstance(thing, RunDir) else None
 
 
 def _export(name: str) -> None:

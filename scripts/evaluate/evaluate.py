@@ -19,9 +19,9 @@ from ..data import studies
 from ..data.studies import Decoding
 from ..metrics import registry
 from ..metrics.bertscore import is_recorded
-from ..metrics.metric import NO_LOSSES, BenchmarkMetric, Column, LossMetric, ScoringInput
+from ..metrics.metric import NO_LOSSES, BenchmarkMetric, Column, EvalLosses, LossMetric, ScoringInput
 from ..run import trust
-from ..run.rundir import RunDir
+from ..run.rundir import RunDir, summarise
 from ..training.run_record import FileState, Run, Summary
 from ..training.trackers import add_scores
 from . import benchmarks, evaluation_rows
@@ -506,10 +506,7 @@ def _score(
         options = benchmarks.MeasurementOptions(plan.limit, run.rehearsal, request.force)
         results |= benchmarks.measure(missing, settings, cfg, plan.run_dir.output, options)
     with Bar("scoring", 1):
-        losses = NO_LOSSES
-        if request.adapter is None:  # the run's eval losses do not describe another adapter
-            losses = plan.summary.eval_losses
-        inputs = ScoringInput(losses=losses, benchmarks=results, groups=rows.groups)
+        inputs = ScoringInput(losses=_losses(plan), benchmarks=results, groups=rows.groups)
         scores, scored = score(predictions, columns, plan.models, inputs)
     evaluation = Evaluation(
         created=now(),
@@ -526,6 +523,15 @@ def _score(
     if former and former.version == VERSION and request.scorer != "none":
         keep_scorer_scores(evaluation, scored, former, predictions)
     return evaluation, scored
+
+
+def _losses(plan: EvaluationPlan) -> EvalLosses:
+    """Eval losses of the evaluated model, from the training: the base model's are those of step 0."""
+    if plan.request.adapter is None:
+        return plan.summary.eval_losses
+    if plan.request.adapter == BASE and not plan.run_dir.config.get("lora_model_dir"):
+        return summarise([record for record in plan.run_dir.read_metrics() if record["step"] == 0]).eval_losses
+    return NO_LOSSES
 
 
 def is_complete(plan: EvaluationPlan) -> bool:

@@ -1,27 +1,25 @@
-"""Compare two runs' losses and predictions, and a loss with a published curve."""
+"""Compare runs' settings, losses and predictions, and a loss with a published curve."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from ..base.errors import UserError
 from ..base.files import Row, read_rows
-from ..base.terminal import say, say_once
+from ..base.secrets import without_secrets
+from ..base.terminal import say_once
 from ..base.yamlfiles import Config
 from ..config import merging
 from ..data.published import Point
 from ..evaluate import intervals
-from ..evaluate.changes import changed, current
 from ..evaluate.score import columns_of, model_record, row_columns, with_scores
 from ..evaluate.scores_file import about_file, about_rows, read_predictions, read_scores
 from ..metrics import registry
 from ..metrics.metric import Column, RowMetric, ScorerRecord
-from ..run.rundir import RunDir, find_run
-from ..training.run_record import Run
-from .run_result import trained_settings
+from ..run.rundir import RunDir
+from .run_result import RunResult, trained_settings
 
 
 @dataclass
@@ -46,11 +44,11 @@ def score_sides(sides: Sequence[RunDir | Path], metrics: Sequence[str] = ()) -> 
     default metrics.
 
     Args:
-        sides: run folders, and JSONL files.
+        sides: folders of evaluated runs, and JSONL files.
         metrics: requested metrics, the values of --metric.
 
     Raises:
-        UserError: a file or metric does not exist, or a run was not evaluated.
+        UserError: a file or metric does not exist.
     """
     requested = registry.requested(metrics)
     if registry.requested_scorer(metrics) or len(row_columns(requested)) < len(requested):
@@ -78,9 +76,7 @@ def _score_run(run: RunDir, requested: dict[str, Column]) -> ScoredRows:
     """Rows of a run with the scores of its evaluation, and with those of requested metrics."""
     folder = run.path
     evaluation = read_scores(folder)
-    problem = changed(folder, evaluation)
-    if evaluation is None or problem:
-        raise UserError(f"{folder}: {problem or 'not evaluated'}; run `recipe evaluate {run.quoted}` first")
+    assert evaluation
     _report(folder, about_rows(evaluation))
     rows = read_predictions(folder)
     columns, models = {}, {}
@@ -131,11 +127,11 @@ def compare(a: ScoredRows, b: ScoredRows) -> list[Row]:
     """Compare shared metrics on shared rows, see `intervals.paired`.
 
     Raises:
-        UserError: the rows cannot be paired, see `pair`.
+        UserError: there is no shared metric, or the rows cannot be paired, see `pair`.
     """
     shared = [name for name in a.columns if _is_comparable(name, a, b)]
     if not shared:
-        return []
+        raise UserError("no metric of rows in common", remedy="`--metric NAME` adds one to all")
     pairs = pair(a.rows, b.rows)
     compared = []
     for name in shared:
@@ -159,86 +155,24 @@ class Divergence:
         first, last: first and last step with a recorded loss in both runs.
         step: first step whose losses differ; None if all are identical.
         losses: the two losses at `step`.
-        differences: settings that differ, with the values in a and b.
     """
 
     first: int
     last: int
     step: int | None
     losses: tuple[float | None, float | None] | None
-    differences: dict[str, tuple[Any, Any]]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Comparison of two runs, or of files of predictions.
-
-    Attributes:
-        training: divergence of the losses; None unless both are runs and have a common step.
-        scores: see `compare`; None if a run is not evaluated.
-        unscored: folders of runs that are not evaluated.
-    """
-
-    training: Divergence | None
-    scores: list[Row] | None
-    unscored: list[str]
-
-
-def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -> Comparison:
-    """Compare two runs, or files of predictions.
-
-    The losses of two runs are compared even if a run is not evaluated.
-
-    Args:
-        pair: runs, or files of predictions.
-        runs: folder of the runs.
-        metrics: values of --metric, added to the metrics of the runs.
-
-    Raises:
-        UserError: a run or file does not exist, or the two cannot be compared.
-    """
-    sides = [_find_side(name, runs) for name in pair]
-    folders = [side for side in sides if isinstance(side, RunDir)]
-    training = None
-    if len(folders) == 2:
-        training = _divergence(*folders)
-    if training:
-        unscored = [str(path) for path in dict.fromkeys(folder.path for folder in folders) if not current(path)]
-        if unscored:
-            return Comparison(training, None, unscored)
-    return Comparison(training, compare(*score_sides(sides, metrics)), [])
-
-
-def _find_side(name: str, runs: Path) -> RunDir | Path:
-    """The file of this name, or else the run.
-
-    Raises:
-        UserError: neither exists.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    return find_run(name, runs)
-
-
-def _divergence(a: RunDir, b: RunDir) -> Divergence | None:
-    """Divergence of two runs' losses, or None and a message if they have no common step.
-
-    Raises:
-        UserError: one run is a rehearsal, but the other is not.
-    """
-    run_a, run_b = a.read(), b.read()
-    if run_a.rehearsal != run_b.rehearsal:
-        raise UserError("one run is a rehearsal, but the other is not; compare two rehearsals or two real runs")
+def divergence(a: RunDir, b: RunDir) -> Divergence | None:
+    """Divergence of two runs' losses; None if they have no common step."""
     losses_a, losses_b = _losses(a), _losses(b)
     steps = sorted(losses_a.keys() & losses_b.keys())
     if not steps:
-        say("losses are not compared: the runs have no step with a recorded loss in common")
         return None
-    differences = merging.differences(_settings(a, run_a), _settings(b, run_b))
     for step in steps:
         if losses_a[step] != losses_b[step]:
-            return Divergence(steps[0], steps[-1], step, (losses_a[step], losses_b[step]), differences)
-    return Divergence(steps[0], steps[-1], None, None, differences)
+            return Divergence(steps[0], steps[-1], step, (losses_a[step], losses_b[step]))
+    return Divergence(steps[0], steps[-1], None, None)
 
 
 def _losses(run_dir: RunDir) -> dict[int, float | None]:
@@ -246,9 +180,22 @@ def _losses(run_dir: RunDir) -> dict[int, float | None]:
     return {record["step"]: record["loss"] for record in run_dir.read_metrics() if "loss" in record}
 
 
-def _settings(run_dir: RunDir, run: Run) -> Config:
+def differing_settings(runs: Mapping[str, RunResult]) -> dict[str, Row]:
+    """Settings, data, versions and machine in which runs differ, with the value of each run by its label."""
+    settings = {label: _settings(result) for label, result in runs.items()}
+    keys: Config = {}
+    for one, other in pairwise(settings.values()):
+        keys |= merging.differences(one, other)
+    differing = {}
+    for key in keys:
+        differing[key] = {label: without_secrets(values.get(key), key) for label, values in settings.items()}
+    return differing
+
+
+def _settings(result: RunResult) -> Config:
     """Settings, data, versions and machine of a run."""
-    settings = trained_settings(run_dir.config)
+    run = result.run
+    settings = trained_settings(result.config)
     settings |= merging.flatten(run.provenance, "provenance")
     for file in [*run.data, *run.named_files]:
         settings[f"content of {file.path}"] = f"sha256 {file.sha256[:12]}"

@@ -13,7 +13,6 @@ from ..data.studies import Study
 from ..evaluate.scores_file import about_rows
 from ..metrics.metric import Column
 from . import repeats, score_records, verdict
-from .compare import Comparison, Divergence
 from .listing import REHEARSALS
 from .score_records import Status
 from .verdict import MetricRow, StudyRow
@@ -230,33 +229,3 @@ def _row_notes(study: Study, row: StudyRow) -> Iterator[str]:
         if row.unreported:
             note += f" Unreported hyperparameters: {'; '.join(row.unreported)}"
         yield note
-
-
-def show_comparison(compared: Comparison, pair: tuple[str, str], json: bool) -> None:
-    """Print a comparison of two runs or files of predictions."""
-    if json:
-        tables.print_json({"training": compared.training and asdict(compared.training), "scores": compared.scores})
-        return
-    title = f"a: {pair[0]}, b: {pair[1]}"
-    if compared.training:
-        for line in (f"Trainings, {title}", *_in_words(compared.training), ""):
-            tables.print_text(line)
-    if compared.scores is None:
-        say(f"scores are not compared; first run `recipe evaluate` for {', '.join(compared.unscored)}")
-    elif not compared.scores:
-        say("scores are not compared: the two have no metric of rows in common; `--metric NAME` adds one to both")
-    else:
-        tables.print_table(compared.scores, title)
-        if len(compared.scores) > 1:
-            say(f"intervals and p values of {len(compared.scores)} metrics are not corrected for multiple comparisons")
-
-
-def _in_words(training: Divergence) -> Iterator[str]:
-    if training.losses is None:
-        yield f"The recorded losses of steps {training.first} to {training.last} are equal."
-    else:
-        a, b = training.losses
-        yield f"The losses differ from step {training.step} on: {a} in a, {b} in b."
-    yield "Recorded differences between the runs:" if training.differences else "The runs' records are the same."
-    for name, (old, new) in training.differences.items():
-        yield f"{name}: {old} -> {new}"

@@ -6,12 +6,13 @@ const LAYOUT = {
   margin: { l: 56, r: 14, t: 10, b: 44 },
   paper_bgcolor: "#ffffff",
   plot_bgcolor: "#ffffff",
-  legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
+  legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 }, maxheight: 9999 },
   bargap: 0.4,
   hovermode: "closest",
   // without a mouse, dragging scrolls
   dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
 };
+const ONE_LINE = 29; // height of a legend with one line
 const AXIS = { gridcolor: "#d5d9df", zerolinecolor: "#d5d9df", title: { standoff: 8, font: { size: 13 } } };
 
 /** Escape names, because Plotly reads text as markup; break long ones into two lines. */
@@ -88,13 +89,18 @@ function fillTable(figure, place) {
 async function draw(box, figure) {
   const { xaxis, yaxis, height, ...more } = figure.layout;
   const plot = box.querySelector(".plot");
-  const legend = Math.ceil(figure.traces.length / (plot.clientWidth > 420 ? 2 : 1)) - 1;
-  plot.style.height = `${(height ?? 300) + 19 * legend}px`;
+  plot.style.height = `${height ?? 300}px`;
   const traces = figure.traces.map(named);
   const layout = { ...LAYOUT, ...more, xaxis: axis(xaxis), yaxis: axis(yaxis), showlegend: traces.length > 1 };
   const bars = traces.some((trace) => trace.orientation === "h");
   layout.margin = { ...LAYOUT.margin, l: leftMargin(traces), r: bars ? 48 : LAYOUT.margin.r };
   await Plotly.newPlot(plot, traces, layout, DRAWN);
+  const legend = plot.querySelector(".legend .bg")?.getBBox().height ?? 0;
+  if (legend > ONE_LINE) {
+    // the legend gets its own height, in which no name is cut, above the plot
+    plot.style.height = `${(height ?? 300) + legend - ONE_LINE}px`;
+    await Plotly.Plots.resize(plot);
+  }
   const file = box.dataset.figure;
   for (const form of ["png", "svg"]) {
     box.querySelector(`[data-save="${form}"]`).addEventListener("click", () => {

@@ -141,7 +141,7 @@ MISTAKES = [
         "tinker-tulu3/llama-3.2-3b-qlora; give more of the name",
     ),
     ("results --export x --rehearse", "--rehearse: works only with a study"),
-    ("results haider2024/llama-2-7b --metric bleu4", "--metric: works only with two runs"),
+    ("results haider2024/llama-2-7b --metric bleu4", "--metric: works only with two or more runs"),
     ("report", "latest: no run of that name below runs/; `recipe run` starts one"),
     ("report haider2024 -o report.pdf", "-o report.pdf: name an .html file"),
     (

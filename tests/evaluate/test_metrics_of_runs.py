@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 import pytest
-from run_folders import STUDY, other_evaluation
+from run_folders import STUDY, configure, other_evaluation
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_rows
@@ -60,6 +60,14 @@ def test_a_run_is_scored_with_its_studys_metrics_and_those_asked_for(run, genera
     assert len(generated) == 1  # the predictions were there
     assert all(row["ours"] == 0 for row in read_predictions(other_evaluation(run)))
     assert evaluated(run) == more  # it has all that is asked for
+
+
+def test_the_base_models_eval_loss_is_that_of_step_0(run, generated):
+    write_rows(run.metrics, [{"step": step, "eval_loss_per_token": 2.0 - step / 10} for step in (0, 5)])
+    assert evaluated(run, "eval_loss").scores["eval_loss"].value == 2.0
+    configure(run, lora_model_dir="adapter")
+    run = RunDir(run.path)
+    assert evaluated(run, "eval_loss", "perplexity").scores["perplexity"].value is None  # step 0 has an adapter
 
 
 def test_a_metric_of_the_study_is_not_declared_anew(run):

@@ -1,4 +1,4 @@
-"""Comparisons of two runs, or of files of predictions."""
+"""Comparisons of runs, and of files of predictions."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from run_folders import ADAPTER, a_run, evaluated
 
+from qlora_recipes.base import paths
 from qlora_recipes.base.files import Row, write_rows
 from qlora_recipes.evaluate import intervals, score
 from qlora_recipes.metrics import registry
@@ -57,6 +58,8 @@ def files(tmp_path: Path) -> None:
     write_rows(tmp_path / "idx-2.jsonl", rows("x", idx=[2]))
     predicted(tmp_path, "evaluated")
     predicted(tmp_path, "stopped").metrics.unlink()
+    other_rows = [row | {"reference": "other"} for row in rows("x", "y", idx=[0, 1])]
+    write_rows(predicted(tmp_path, "other-rows").path / "predictions.jsonl", other_rows)
     trained(tmp_path, "trained")
     trained(tmp_path, "faster", rate=3e-4)
     trained(tmp_path, "rehearsal", rehearsal=True)
@@ -107,7 +110,11 @@ RUNS = f"runs/{LLAMA_2}"
     ("a", "b", "message"),
     [
         pytest.param(
-            "a.jsonl", "no", "no: no run of that name below runs/; `recipe results` lists the runs", id="missing"
+            "a.jsonl",
+            "no",
+            "no: no run, sweep, study or recipe of that name below runs/; there are "
+            + ", ".join(folder.name for folder in paths.studies()),
+            id="missing",
         ),
         pytest.param(
             "a.jsonl",
@@ -127,13 +134,13 @@ RUNS = f"runs/{LLAMA_2}"
         pytest.param(
             f"{RUNS}/trained",
             "a.jsonl",
-            f"{RUNS}/trained: not evaluated; run `recipe evaluate {RUNS}/trained` first",
+            f"a: its scores are missing or stale, and not compared; first run `recipe evaluate {RUNS}/trained`",
             id="not evaluated",
         ),
         pytest.param(
             f"{RUNS}/evaluated",
             f"{RUNS}/rehearsal",
-            "one run is a rehearsal, but the other is not; compare two rehearsals or two real runs",
+            "rehearsals and real runs are not comparable; name only one kind",
             id="rehearsal",
         ),
     ],
@@ -156,48 +163,52 @@ def test_metrics_that_do_not_score_rows_are_not_compared(files, recipe, metric):
     ("a", "b", "message"),
     [
         pytest.param(
-            "trained",
+            "evaluated",
             "faster",
-            f"scores are not compared; first run `recipe evaluate` for {RUNS}/trained, {RUNS}/faster",
+            f"b: its scores are missing or stale, and not compared; first run `recipe evaluate {RUNS}/faster`",
             id="not evaluated",
         ),
         pytest.param(
             "evaluated",
-            "stopped",
-            "losses are not compared: the runs have no step with a recorded loss in common",
-            id="no common step",
+            "other-rows",
+            "scores of a and b are not compared: row 0 has different references; compare predictions for the same rows",
+            id="other rows",
         ),
         pytest.param(
             "evaluated",
             "benchmark",
-            "scores are not compared: the two have no metric of rows in common; `--metric NAME` adds one to both",
+            "scores of a and b are not compared: no metric of rows in common; `--metric NAME` adds one to all",
             id="no common metric",
         ),
     ],
 )
 def test_what_is_left_out_is_logged(files, recipe, a, b, message):
-    assert recipe.ok("results", f"{RUNS}/{a}", f"{RUNS}/{b}").stderr == f"{message}\n"
+    *logged, suggested = recipe.ok("results", f"{RUNS}/{a}", f"{RUNS}/{b}").stderr.splitlines()
+    assert logged == [message]
+    assert suggested == f"next: recipe report {RUNS}/{a} {RUNS}/{b}"
 
 
 def test_several_metrics_are_compared_with_a_warning(files, recipe):
-    message = "intervals and p values of 2 metrics are not corrected for multiple comparisons"
+    message = "intervals and p values of 2 comparisons are not corrected for multiple comparisons"
     metrics = "--metric", "bleu4", "--metric", "rouge_l"
     assert recipe.ok("results", "a.jsonl", "b.jsonl", *metrics).stderr == f"{message}\n"
 
 
 def test_a_run_and_a_file_are_compared_by_their_scores(files, recipe):
     compared = recipe.json("results", "evaluated", "b.jsonl")
-    assert compared["training"] is None
+    assert (compared["trainings"], compared["settings"]) == ({}, {})
     assert [row["better"] for row in compared["scores"] if row["score"] == "bleu4"] == [1]
 
 
 def test_runs_are_compared_by_trainings_and_scores(files, recipe):
     compared = recipe.json("results", "evaluated", "evaluated")
-    assert compared["training"] == EQUAL
+    assert (compared["trainings"], compared["settings"]) == ({"b": EQUAL}, {})
     assert {row["score"]: row["difference"] for row in compared["scores"]} == {"bleu4": 0}
+    assert compared["runs"]["a"] == compared["runs"]["b"]
+    assert (compared["runs"]["a"]["run"], [*compared["intervals"]["a"]]) == (f"{RUNS}/evaluated", ["bleu4"])
 
 
-EQUAL = {"first": 1, "last": 6, "step": None, "losses": None, "differences": {}}
+EQUAL = {"first": 1, "last": 6, "step": None, "losses": None}
 
 
 def test_bertscores_of_runs_come_from_their_evaluations(recipe, tmp_path):
@@ -208,17 +219,51 @@ def test_bertscores_of_runs_come_from_their_evaluations(recipe, tmp_path):
     (compared,) = recipe.json("results", f"{RUNS}/one", f"{RUNS}/two")["scores"]
     assert (compared["score"], compared["difference"]) == ("bertscore_f1", pytest.approx(-0.1))
     notes = [f"{RUNS}/{name}: 2 of 9 rows" for name in ("one", "two")]
-    assert recipe("results", f"{RUNS}/one", f"{RUNS}/two").stderr.splitlines() == notes
+    assert recipe("results", f"{RUNS}/one", f"{RUNS}/two").stderr.splitlines()[:-1] == notes
 
 
-def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(files, recipe):
-    differing = {"step": 2, "losses": [1.0002, 1.0003], "differences": {"learning_rate": [2e-4, 3e-4]}}
-    assert recipe.json("results", "trained", "faster") == {"training": EQUAL | differing, "scores": None}
+def test_losses_without_a_common_step_are_not_compared(files, recipe):
+    assert recipe.json("results", "evaluated", "stopped")["trainings"] == {"b": None}
+    sentence = "Losses of the first run and b are not compared: there is no step with a recorded loss in common."
+    assert sentence in recipe.ok("results", "evaluated", "stopped").stdout.splitlines()
+
+
+def test_each_run_is_compared_with_the_first(files, recipe):
+    compared = recipe.json("results", "trained", "faster", "evaluated", "a.jsonl")
+    assert [*compared["runs"]] == ["a", "b", "c"]
+    assert compared["settings"] == {"learning_rate": {"a": 2e-4, "b": 3e-4, "c": 2e-4}}
+    assert compared["trainings"] == {"b": EQUAL | {"step": 2, "losses": [1.0002, 1.0003]}, "c": EQUAL}
+    ((score, c, d),) = [(row["score"], row["c"], row["d"]) for row in compared["scores"] if row["score"] == "bleu4"]
+    assert (score, c) == ("bleu4", d)
+
+
+def test_a_comparison_shows_losses_settings_and_curves(files, recipe, tmp_path):
+    for name, loss in (("trained", 1.5), ("faster", 1.4996)):
+        metrics = tmp_path / RUNS / name / "metrics.jsonl"
+        first, last = ({"step": step, "eval_loss_per_token": loss + 1 - step / 6} for step in (0, 6))
+        write_rows(metrics, [first, {"step": 1, "loss": 2.0}, {"step": 6, "loss": 1.0}, last])
+        (tmp_path / RUNS / name / "run.json").write_text(
+            (tmp_path / RUNS / name / "run.json").read_text().replace('"state": "finished"', '"state": "failed"')
+        )
     assert recipe("results", "trained", "faster").stdout.splitlines() == [
-        "Trainings, a: trained, b: faster",
-        "The losses differ from step 2 on: 1.0002 in a, 1.0003 in b.",
-        "Recorded differences between the runs:",
-        "learning_rate: 0.0002 -> 0.0003",
+        f"a: {RUNS}/trained",
+        f"b: {RUNS}/faster",
+        "",
+        "Losses and scores",
+        "score                           a       b",
+        "first eval loss            2.5000  2.4996",
+        "eval loss, nats per token  1.5000  1.4996",
+        "",
+        "Settings that differ",
+        "setting             a       b",
+        "learning_rate  0.0002  0.0003",
+        "",
+        "Eval loss by step",
+        "step       a       b",
+        "   0  2.5000  2.4996",
+        "   6  1.5000  1.4996",
+        "",
+        "The losses of the first run and b in steps 1 to 6 are equal.",
         "",
     ]
 
@@ -227,8 +272,13 @@ def test_versions_and_machine_are_among_what_differs(recipe, tmp_path):
     for name, torch, driver, ranks in (("one", "2.14.1", "580", 1), ("two", "2.15.0", "590", 2)):
         machine = {"packages": {"torch": torch}, "python": "3.13", "gpus": [{"name": "T4", "driver": driver}]}
         trained(tmp_path, name, provenance=machine, gpus_used=ranks)
-    assert recipe.json("results", "one", "two")["training"]["differences"] == {
-        "provenance.packages.torch": ["2.14.1", "2.15.0"],
-        "provenance.gpus.0.driver": ["580", "590"],
-        "ranks": [1, 2],
+    assert recipe.json("results", "one", "two")["settings"] == {
+        "provenance.packages.torch": {"a": "2.14.1", "b": "2.15.0"},
+        "provenance.gpus.0.driver": {"a": "580", "b": "590"},
+        "ranks": {"a": 1, "b": 2},
     }
+
+
+def test_diff_compares_the_configs_of_runs(files, recipe):
+    one, two = (f"{RUNS}/{name}/config.yaml" for name in ("trained", "faster"))
+    assert recipe.json("diff", "trained", f"{RUNS}/faster") == [{"key": "learning_rate", one: 2e-4, two: 3e-4}]

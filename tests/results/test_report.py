@@ -143,7 +143,13 @@ def test_a_report_has_the_runs_scores_and_differences(tmp_path):
     reported = report_runs.reported_runs([a_run(tmp_path)])
     page = report.runs_page(reported)
     assert page.kind == "Run 1"
-    scores = [("rows", "40"), ("BLEU-4", "20.62 (18.56 to 22.68)"), ("ROUGE-L", "0.2062 (0.1856 to 0.2268)")]
+    scores = [
+        ("first eval loss", "4.0337"),
+        ("eval loss, nats per token", "2.5189"),
+        ("rows", "40"),
+        ("BLEU-4", "20.62 (18.56 to 22.68)"),
+        ("ROUGE-L", "0.2062 (0.1856 to 0.2268)"),
+    ]
     scores += [("BERTScore F1", "0.8206 (0.7386 to 0.9027)"), ("BERTScore F1 by", "a-judge")]
     assert [tuple(row.values()) for row in page.scores] == scores
     assert page.scored_on == "40 of 5,000 rows of data/test.jsonl"
@@ -202,6 +208,12 @@ def test_curves_are_the_telemetry(tmp_path):
     assert validation["x"] == [0, 10, 20, 30]
     assert figures["cpu"].title == "CPU load"
     assert figures["cpu"].traces[0]["y"][0] == 187.5
+
+
+def test_few_steps_are_points_that_hide_no_others():
+    steps = [{"step": i, "loss": 1.0} for i in range(report_figures.FEW_POINTS)]
+    few, many = (next(report_figures.training_figures({"a": rows})).traces[0] for rows in (steps[1:], steps))
+    assert (few["mode"], few["marker"]["symbol"], many["mode"]) == ("lines+markers", "circle-open", "lines")
 
 
 def test_many_steps_are_averaged():
@@ -292,6 +304,11 @@ def test_runs_on_the_same_rows_share_them_and_are_told_apart_by_their_labels(tmp
     assert len(report_runs.reader(report_runs.reported_runs(runs))) == 2
 
 
+def test_runs_of_one_recipe_are_called_by_their_folders(tmp_path):
+    runs = report_runs.reported_runs([a_run(tmp_path, name="1"), a_run(tmp_path, name="2")])
+    assert [reported.label for reported in runs] == ["1", "2"]
+
+
 def test_only_real_runs_of_a_study_stand_beside_published_scores(tmp_path):
     a_run(tmp_path, rehearsal=False)
     page = report.study_page(STUDY, False, tmp_path / "runs")
@@ -306,7 +323,7 @@ def test_only_real_runs_of_a_study_stand_beside_published_scores(tmp_path):
 def test_a_report_does_not_mix_rehearsals_and_real_runs(tmp_path):
     with pytest.raises(UserError) as raised:
         html_of(a_run(tmp_path), a_run(tmp_path, name="2", rehearsal=False))
-    assert str(raised.value) == "rehearsals and real runs are not comparable; report on only one kind"
+    assert str(raised.value) == "rehearsals and real runs are not comparable; name only one kind"
 
 
 def test_a_sweep_without_a_run_has_no_report(tmp_path):
@@ -340,6 +357,9 @@ def browser(programs: Callable[[str], None]) -> Iterator[Any]:
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
 FITS = "document.documentElement.scrollWidth <= innerWidth"
+CUT = """[...document.querySelectorAll(".scroll")].filter((box) => box.scrollWidth > box.clientWidth).length
++ [...document.querySelectorAll(".legend .scrollbar")].filter((bar) => bar.getAttribute("height") > 0).length"""
+"""Tables and legends that scroll."""
 
 
 @contextmanager
@@ -494,6 +514,10 @@ def test_several_runs_the_study_and_a_sweep_open_too(browser, tmp_path):
         headings = [text.split()[-1] for text in page.locator("#row h4").all_inner_texts()]
         assert headings == ["Diff", "Reference", "llama-3-8b", "llama-2-7b"]
         assert page.locator("#score option").count() == 6
+    several = [a_run(tmp_path / "one-recipe", name=f"20261202-14285{i}-ab51237") for i in range(4)]
+    with opened(browser, html_of(*several), tmp_path, PHONE) as page:
+        assert page.evaluate(FITS)
+        assert page.evaluate(CUT) == 0
     a_run(tmp_path, name="real", rehearsal=False)
     with opened(browser, report.study_page(STUDY, False, tmp_path / "runs").html(), tmp_path) as page:
         figure = page.locator("figure[data-figure=study-bleu4]")

@@ -29,7 +29,7 @@ def test_runs_of_different_studies_share_no_column(runs):
     first, second = (listing.cells(reported, report_runs.headings(both)) for reported in both)
     shown = [row.get(heading) for row in (first, second) for heading in ("accuracy, %", "BLEU-4")]
     assert shown == [66, None, None, 5]
-    rows = {row["score"]: row for row in report_runs.scores(both, report_runs.headings(both))}
+    rows = {row["score"]: row for row in report_runs.scores(both, report_runs.headings(both), details=True)}
     accuracies = ["66.00 (65.50 to 66.50)", "67.4 ± 1.0", None, None]
     assert [*rows["accuracy, %"].values()] == ["accuracy, %", *accuracies]
 

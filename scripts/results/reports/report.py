@@ -96,7 +96,7 @@ class Page:
 
     @cached_property
     def scores(self) -> list[Row]:
-        return report_runs.scores(self.runs, self._headings)
+        return report_runs.scores(self.runs, self._headings, details=True)
 
     @property
     def scored_on(self) -> str:

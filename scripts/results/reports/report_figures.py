@@ -17,6 +17,7 @@ Trace = dict[str, Any]  # Plotly's JSON
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
+FEW_POINTS = 50  # in a line with fewer, each point has a marker, so that one line does not hide another
 MOST_POINTS = 1000  # maximum number of points in a line; more are indistinguishable and slow to draw
 
 
@@ -90,9 +91,11 @@ def _curve(name: str, metrics: Sequence[Row], key: str, i: int, points: bool = F
         steps, numbers = zip(*group, strict=True)
         means.append((statistics.mean(steps), float(f"{statistics.mean(numbers):.6g}")))
     mode = "lines"
-    if points or len(means) < 2:
+    if points or len(means) < FEW_POINTS:
         mode = "lines+markers"
-    return _scatter(name, mode, means, **_style(i))
+    style = _style(i)
+    style["marker"]["symbol"] += "-open"  # which hides no point below
+    return _scatter(name, mode, means, cliponaxis=False, **style)
 
 
 _RATE = _axis("learning rate", exponentformat="e", rangemode="tozero")  # starts at 0: a constant rate has no range

@@ -21,12 +21,14 @@ from ...evaluate import evaluation_rows
 from ...evaluate.scores_file import TITLES, Evaluation, read_predictions
 from ...evaluate.settings import REFERENCE
 from ...metrics import registry
-from ...metrics.metric import Column, ScoreRecord
+from ...metrics.metric import Column, LossMetric, ScoreRecord
 from ...run import backends
 from ...run.rundir import RunDir
 from ...training.row_types import row_type
 from ...training.run_record import Piece
 from ..run_result import RunResult
+
+_EVAL_LOSS = registry.column(registry.EVAL_LOSS.name, None).label
 
 
 @dataclass(frozen=True)
@@ -115,17 +117,20 @@ def labelled_by_recipe(results: Sequence[RunResult]) -> list[ReportedRun]:
 
 
 def labelled(results: Sequence[RunResult], names: Sequence[str]) -> list[ReportedRun]:
-    """Runs with labels: their names, and also their folders if several have the same name.
+    """Runs with labels: their names, with their folders if several have the same, or only folders if all have it.
 
     Raises:
         UserError: rehearsals and real runs are mixed.
     """
     if len({result.run.rehearsal for result in results}) > 1:
-        raise UserError("rehearsals and real runs are not comparable", remedy="report on only one kind")
+        raise UserError("rehearsals and real runs are not comparable", remedy="name only one kind")
     times = Counter(names)
     runs = []
     for result, name in zip(results, names, strict=True):
-        label = name if times[name] == 1 else f"{name}, {result.folder.path.name}"
+        label = name
+        if times[name] > 1:
+            label = result.folder.path.name
+            label = label if len(times) == 1 else f"{name}, {label}"
         runs.append(ReportedRun(result.folder, result.run, label))
     return runs
 
@@ -135,24 +140,33 @@ def headings(runs: Sequence[ReportedRun]) -> dict[str, Column]:
     return registry.distinct(column for reported in runs for column in reported.columns.values())
 
 
-def scores(runs: Sequence[ReportedRun], by_heading: Mapping[str, Column]) -> list[Row]:
-    """Table of scores, with columns for runs, base models and published scores."""
+def scores(runs: Sequence[ReportedRun], by_heading: Mapping[str, Column], details: bool) -> list[Row]:
+    """Table of scores, with columns for runs, base models and published scores.
+
+    Args:
+        runs: the runs.
+        by_heading: metrics by heading.
+        details: add rows with scorer models, signatures, and shares of odd predictions.
+    """
     columns: dict[str, dict[str, str]] = {}
     for reported in runs:
-        columns |= _score_columns(reported, by_heading)
+        columns |= _score_columns(reported, by_heading, details)
     rows: list[Row] = []
     for name in dict.fromkeys(chain(*columns.values())):
         rows.append({"score": name} | {label: column.get(name) for label, column in columns.items()})
     return rows
 
 
-def _score_columns(reported: ReportedRun, by_heading: Mapping[str, Column]) -> dict[str, dict[str, str]]:
+def _score_columns(reported: ReportedRun, by_heading: Mapping[str, Column], details: bool) -> dict[str, dict[str, str]]:
     """Columns of a run by heading: its scores, those with other decodings, the base model's, and published scores."""
     label = reported.label
     evaluations = {label: reported.evaluation}
     for name, evaluation in (reported.decoded | reported.of_other_models).items():
         evaluations[f"{label}: {name}"] = evaluation
-    columns = {name: _scores(evaluation, by_heading) for name, evaluation in evaluations.items() if evaluation}
+    columns = {label: _losses(reported)}
+    for name, evaluation in evaluations.items():
+        if evaluation:
+            columns[name] = columns.get(name, {}) | _scores(evaluation, by_heading, details)
     published = {}
     for name, score in reported.scores.items():
         if score.difference is not None:  # from the published score
@@ -163,25 +177,35 @@ def _score_columns(reported: ReportedRun, by_heading: Mapping[str, Column]) -> d
     return columns
 
 
-def _scores(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[str, str]:
-    """Scores of an evaluation as text, with intervals, scorer models and shares of rows."""
+def _losses(reported: ReportedRun) -> dict[str, str]:
+    """First and last eval loss per token as text, with digits that tell runs apart."""
+    summary = reported.summary
+    losses = {"first eval loss": summary.eval_loss_per_token_first, _EVAL_LOSS: summary.eval_loss_per_token}
+    return {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None}
+
+
+def _scores(evaluation: Evaluation, by_heading: Mapping[str, Column], details: bool) -> dict[str, str]:
+    """Scores of an evaluation as text, with intervals and shares of rows, and with scorer models and signatures."""
     texts = {"rows": tables.text_of(evaluation.shares.rows)}
-    details = {}
+    detailed = {}
     for name, record in evaluation.scores.items():
         column = evaluation.columns[name]
         if record.value is not None:
-            texts[registry.heading(column, by_heading) or name] = _with_interval(record)
+            text = f"{record.value:.4f}" if isinstance(column.metric, LossMetric) else _with_interval(record)
+            texts[registry.heading(column, by_heading) or name] = text
         if record.scorer:
-            details[f"{column.label} by"] = record.scorer.model
+            detailed[f"{column.label} by"] = record.scorer.model
         if record.signature:
             key = column.detail_key("sacrebleu_signature")
-            details[TITLES.get(key, key)] = record.signature
+            detailed[TITLES.get(key, key)] = record.signature
     distance = evaluation.settings.distance
     if distance:
         texts["loss of adapter → merged → file"] = distance.losses
         texts["mean KL from the merged weights (without a bound if quantized)"] = f"{distance.kl:.4f}"
     shares = evaluation.shares.model_dump(exclude={"rows"}, exclude_none=True)
-    return texts | details | {TITLES[name]: tables.text_of(share) for name, share in shares.items()}
+    if not details:
+        return texts
+    return texts | detailed | {TITLES[name]: tables.text_of(share) for name, share in shares.items()}
 
 
 def _with_interval(record: ScoreRecord) -> str:
