@@ -401,7 +401,8 @@ def find_run_sweep_or_study(name: str) -> RunDir | Sweep | Study:
         return find_run(name, runs)
     sweeps = recorded_sweeps()
     study_folders = {folder.name: folder for folder in paths.studies()}
-    names = [*run_names(runs), *sweeps, *study_folders]
+    run_folders = run_names(runs)
+    names = [*run_folders, *sweeps, *study_folders]
     full_name = _full_name(name, names, f" below {runs}/; there are {', '.join([*study_folders, *sweeps])}")
     if names.count(full_name) > 1:
         raise _ambiguous(name, "a run, a sweep or a study")
@@ -410,7 +411,7 @@ def find_run_sweep_or_study(name: str) -> RunDir | Sweep | Study:
         raise _ambiguous(name, f"{full_name} or {rehearsal}")
     if full_name in study_folders:
         return studies.load(study_folders[full_name])
-    return sweeps[full_name] if full_name in sweeps else find_run(full_name, runs)
+    return sweeps[full_name] if full_name in sweeps else run_folders[full_name]
 
 
 def _full_name(name: str, names: list[str], hint: str) -> str:

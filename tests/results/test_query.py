@@ -154,6 +154,10 @@ def test_no_field_hides_a_setting_of_another_meaning():
     assert listing.FIELDS.keys() & keys.keys() == {"seed"}
 
 
+def test_no_run_is_named_that_stands_for_others(recipe):
+    assert recipe.ok("results", LLAMA).stderr == "next: recipe resume 2\n"
+
+
 @pytest.mark.parametrize(
     ("words", "form"),
     [
