@@ -75,7 +75,8 @@ def new_command(
         say(note)
     if not model and "base_model" in [override.key for override in set_]:
         say("revision, special tokens, layers and comments are still those of the former model; --model replaces them")
-    suggest("check", name, *Request(name, variant.migration.profiles).options)
+    forced = [word for finding in force for word in ("--force", finding)]
+    suggest("check", name, *Request(name, variant.migration.profiles).options, *forced)
 
 
 def _base(context: typer.Context, name: str) -> tuple[str, list[Override]]:

@@ -197,7 +197,9 @@ def test_a_refused_variant_is_not_written(place, recipe, arguments, message):
 
 
 def test_force_writes_a_variant_with_the_named_error(place, recipe):
-    recipe.ok("new", *MINE, "lora_rr=3", "--force", "unknown-key:lora_rr")
+    forced = "--force", "unknown-key:lora_rr"
+    written = recipe.ok("new", *MINE, "lora_rr=3", *forced)
+    assert written.stderr.splitlines()[-1] == f"next: recipe check {MINE[0]} {' '.join(forced)}"
     assert yamlfiles.read_yaml(place / f"variants/{MINE[0]}.yaml")["lora_rr"] == 3
     refused = recipe.fails("new", "other", *MINE[1:], "lora_rr=3", "--force", "unknown-key:lora_r")
     assert refused.stderr == (
