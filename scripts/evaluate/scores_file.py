@@ -207,6 +207,9 @@ def read_scores(folder: Path) -> Evaluation | None:
         return Evaluation.model_validate(content)
     except FileNotFoundError:
         return None
+    except registry.WrongMetric as error:
+        say_once(f"{folder / SCORES}: {error}; install the metric's package, or score it anew with `recipe evaluate`")
+        return None
     except (OSError, TypeError, ValueError):
         _report(folder / SCORES, problem)
         return None

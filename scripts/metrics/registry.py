@@ -81,7 +81,7 @@ _TAKEN = (
 """Keys with another meaning in predictions.jsonl and `--json` outputs."""
 
 
-class WrongMetric(ValueError):
+class WrongMetric(Exception):
     """Mistake in a metric's declaration; `key` is the wrong key, or empty if the whole declaration is wrong."""
 
     def __init__(self, key: str, problem: str):

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from run_folders import a_run, evaluated
 
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.metrics import registry
@@ -55,6 +56,17 @@ def test_a_metric_of_a_package_scores_as_this_projects_do(installed, recipe, tmp
 def test_a_run_is_evaluated_with_it(installed, recipe, run):
     options = ("--adapter", "none", "--limit", "2", "--max-new-tokens", "4", "--metric", "bertscore:none")
     assert recipe.json("evaluate", run.path, *options, "--metric", "word_recall")["word_recall"] == 0
+
+
+def test_scores_without_the_package_name_it(installed, site, recipe, tmp_path, monkeypatch):
+    run = a_run(tmp_path / "runs", "start/qlora", "1", 5.0)
+    evaluated(run, {"word_recall": 7.0, "metrics": {"word_recall": {}}, "intervals": {}})
+    assert [row["word_recall"] for row in recipe.json("results")] == [7.0]
+    shutil.rmtree(next(site.glob("*.dist-info")))
+    monkeypatch.delattr(METRICS, "_entry_points")
+    missing = recipe.ok("results", "--json").stderr
+    assert missing.startswith("runs/start/qlora/1/scores.json: no metric is called word_recall; ")
+    assert missing.endswith("; install the metric's package, or score it anew with `recipe evaluate`\n")
 
 
 def test_a_study_declares_it(installed, recipe, tmp_path):
