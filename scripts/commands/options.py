@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import click
 import typer
 
 from ..base import paths, tables
@@ -256,11 +257,22 @@ Metrics = Annotated[
 BatchSize = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Maximum rows per batch; default: 64, fewer if memory is short.")
 ]
+
+
+class _BackendOption(click.types.StringParamType):
+    """Text that begins with the name of a backend; imports the backends only for help."""
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        from ..run.backends import BACKENDS
+
+        return f"{'|'.join(BACKENDS)}[,KEY=VALUE]..."
+
+
 On = Annotated[
     str,
     typer.Option(
         rich_help_panel=WHERE,
-        metavar="local|slurm[,KEY=VALUE]...",
+        click_type=_BackendOption(),
         help="Run locally, or on SLURM with sbatch options (slurm,time=8:00:00); see docs/clusters.md.",
     ),
 ]
