@@ -118,7 +118,8 @@ def _score_tables(study: Study, rows: Sequence[StudyRow], title: str) -> Iterato
     for column in study.table.values():
         if any(row.scores[column.name].is_known for row in rows):
             cells = [_metric_cells(row, column) for row in rows]
-            yield Table(cells, f"{before}{column.label}", below=["95 % covers", "scored"])
+            keep = [column.label, "published", "verdict"]
+            yield Table(cells, f"{before}{column.label}", below=["95 % covers", "scored"], keep=keep)
             before = ""
 
 

@@ -117,3 +117,11 @@ def test_a_terminal_shows_losses_and_scores_first(tmp_path, recipe, monkeypatch,
     assert "2.499" in lines[2] and "2.496" in lines[3]
     listed = " ".join(line.strip() for line in lines[4:])
     assert listed.strip() == f"columns left out: {left_out}; `| less -S` shows all"
+
+
+def test_a_terminal_shows_verdicts_before_intervals(tmp_path, recipe, monkeypatch):
+    a_run(tmp_path / "runs", LLAMA_2, "1", 5.0)
+    monkeypatch.setattr(tables, "_width", lambda: 80)
+    lines = recipe.ok("results", "haider2024").stdout.splitlines()
+    head = next(line for line in lines if line.startswith("recipe "))
+    assert re.split("  +", head) == ["recipe", "BLEU-4", "95 %", "published", "verdict"]
