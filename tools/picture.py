@@ -21,7 +21,7 @@ WIDTH = 80
 COMMANDS = (
     ["check", "haider2024/llama-3-8b", "--rehearse", "--set", "lora_droput=0.1"],
     ["plan", "haider2024/llama-3-8b", "haider2024/llama-3.2-3b", "--gpu", "T4"],
-    ["reproduce", "haider2024", "--from", "predictions", "--metric", "bertscore:none"],
+    ["reproduce", "haider2024", "--stage", "predictions", "--metric", "bertscore:none"],
 )
 # rich's own, but for its fonts, which it would load from the network
 SVG = """<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
