@@ -267,9 +267,13 @@ def changed_base(case: Case) -> Problems:
 
 @rule(scope="step")
 def not_quantized(case: Case) -> Problems:
-    """Axolotl quantizes to 4 bits only for the adapters qlora and mixlora (axolotl/loaders/model.py)."""
-    if case["adapter"] == "lora" and case["load_in_4bit"]:
-        yield "warning", "adapter", "lora ignores load_in_4bit: the base stays in 16 bits", "set adapter: qlora"
+    """Axolotl quantizes to 4 bits only for the adapters qlora and mixlora, which refuse 8 bits (loaders/model.py)."""
+    if case["adapter"] != "lora" or not case["load_in_4bit"]:
+        return
+    bits, remedy = "16", "set adapter: qlora"
+    if case["load_in_8bit"]:
+        bits, remedy = "8", "delete load_in_4bit, or set adapter: qlora and delete load_in_8bit"
+    yield "warning", "adapter", f"lora ignores load_in_4bit: the base has {bits} bits", remedy
 
 
 @rule()

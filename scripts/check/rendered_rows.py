@@ -18,6 +18,7 @@ from ..base.yamlfiles import Config, write_flow
 from ..config import datafiles, models
 from ..config.datafiles import DatasetRef
 from ..config.finding import DATED, Faults, Finding
+from ..training.losses import MASKED
 from ..training.row_types import Chat, Segments, row_type
 from ..training.tokens import Tokenizer, Tokens, changed_by_loading, end_ids, on_day, read_keys, without_nulls
 from .rows import Place, Wording
@@ -26,6 +27,7 @@ _PIECES = re.compile(r"(?<=>)|(?=<)|\n")
 """Where to divide a text: templates leave out lines, or what stands between tags."""
 _MOST_EXAMPLE = 60  # characters
 _MOST_UNENDED = 0.1  # share of rows without their end; more is an error
+_REPEATED = 4  # words; shorter texts can also stand in other ones
 _DATED = 3  # rows that show if a template writes the date
 _DAYS = (981173106, 1795996800)
 """Two times in seconds since 1970, on different days of week, month and year."""
@@ -47,8 +49,9 @@ _WORDING = {
     "ignored-mask": Wording("error", "{n}: messages have `{about}`, which Axolotl ignores", ""),
     "doubled-bos": Wording("error", "{n} with {about} twice at the beginning", "remove it from the rows or the format"),
     "other-prompt": Wording("warning", "{n}: training and generation prompt differ", ""),
-    "end-masked": Wording("warning", "{n} whose last answer has no end to learn", "inspect rows with --show-tokens"),
-    "end-cut": Wording("warning", "{n} lose the end of the answer, because sequence_len truncates them", ""),
+    "end-masked": Wording("warning", "{n} with {about} whose end is not learnt", "inspect rows with --show-tokens"),
+    "repeated-text": Wording("warning", "{n}: the training text repeats text of {about}", "correct the template"),
+    "end-cut": Wording("warning", "{n} lose {about} the answer, because sequence_len truncates them", ""),
 }
 
 
@@ -63,6 +66,7 @@ class RenderedRows:
     Attributes:
         rows: number of rows with tokens trained on.
         ends: tokens that end an answer in training.
+        cut: number of rows that lose the end by truncation.
         ended: number of rows with such a token at the end of what is trained on.
         learnt_ends: those tokens.
         first: the first rows, for what all rows have in common.
@@ -79,6 +83,7 @@ class RenderedRows:
         self.ends = end_ids(tokenizer.cfg, tokenizer.tokenizer)
         self.faults = Faults()
         self.rows = 0
+        self.cut = 0
         self.ended = 0
         self.learnt_ends = set[int]()
         self.first: list[tuple[Row, Tokens]] = []
@@ -107,6 +112,7 @@ class RenderedRows:
             if isinstance(self.kind, Chat):
                 self._compare_keys(place, row, self.kind)
                 if end and not self.entry["message_field_training_detail"]:
+                    self._compare_turns(place, tokens)
                     self._compare_prompt(place, row, tokens.ids[: self._start_of_answer(tokens, start, end)])
         for (_, row), tokens in zip(rows[:_DATED], tokenized, strict=False):
             if len(self.first) < _DATED:
@@ -125,9 +131,13 @@ class RenderedRows:
             self.learnt_ends |= learnt
 
     def _compare_text(self, place: Place, row: Row, decoded: str) -> None:
-        """Find text of the row's fields that the training text lacks."""
-        for path, text in self.kind.texts_of(row):
+        """Find text of the row's fields that the training text lacks or repeats."""
+        fields = [*self.kind.texts_of(row)]
+        together = "\n".join(text for _, text in fields)
+        for path, text in fields:
             if text in decoded:
+                if len(text.split()) >= _REPEATED and decoded.count(text) > together.count(text):
+                    self.faults.note("repeated-text", path, *place)
                 continue
             pieces = _left_out(text, squeezed(decoded))
             if pieces:
@@ -144,12 +154,26 @@ class RenderedRows:
         self.rows += 1
         learnt = self.ends.intersection(tokens.ids[start:end])
         if not learnt:
-            self.faults.note("end-masked", "", *place)
+            self.faults.note("end-masked", "a last answer", *place)
             return
         self.ended += 1
         self.learnt_ends |= learnt
-        if end > self.tokenizer.cfg.sequence_len and self.tokenizer.cfg.excess_length_strategy == "truncate":
-            self.faults.note("end-cut", "", *place)
+        limit = self.tokenizer.cfg.sequence_len
+        if end > limit and self.tokenizer.cfg.excess_length_strategy == "truncate":
+            self.cut += 1
+            keeps_start = self._start_of_answer(tokens, start, end) < limit
+            self.faults.note("end-cut", "the end of" if keeps_start else "all of", *place)
+
+    def _compare_turns(self, place: Place, tokens: Tokens) -> None:
+        """Find answers that are learnt, but for the token that ends them or, without one, up to the next turn's."""
+        is_open = False
+        for token, label in zip(tokens.ids, tokens.labels, strict=True):
+            is_end = token in self.ends
+            if label != MASKED:
+                is_open = not is_end
+            elif is_end and is_open:
+                self.faults.note("end-masked", "an earlier answer", *place)
+                return
 
     def _compare_keys(self, place: Place, row: Row, kind: Chat) -> None:
         """Find fields of messages that Axolotl does not read, and among them those that mask a message."""
@@ -223,7 +247,7 @@ class RenderedRows:
             elif rule == "other-prompt":
                 finding.problem += rows.first[0][2]
                 finding.remedy = self._prompt_remedy()
-            elif rule == "end-cut" and rows.count > _MOST_UNENDED * self.rows:
+            elif rule == "end-cut" and self.cut > _MOST_UNENDED * self.rows:
                 finding.level = "error"
                 finding.remedy = "set a larger sequence_len, or excess_length_strategy: drop"
             yield finding

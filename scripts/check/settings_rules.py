@@ -295,6 +295,13 @@ def no_batch_size(case: Case) -> Problems:
 
 
 @rule()
+def no_sequence_len(case: Case) -> Problems:
+    """Without sequence_len, Axolotl takes 512 tokens and drops longer rows, which only its log says (seen)."""
+    if not case.is_set("sequence_len"):
+        yield "warning", "sequence_len", "not set: Axolotl drops rows of more than 512 tokens", "set it"
+
+
+@rule()
 def batch_size(case: Case) -> Problems:
     """Axolotl counts steps of batch_size rows, but accumulates by the default of gradient_accumulation_steps (seen)."""
     if case.is_set("batch_size"):

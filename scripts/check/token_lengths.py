@@ -163,7 +163,10 @@ class _TokenizedSet:
             if not (reads_first and reads_second):
                 return
         self.refused += 1
-        place, _ = rows[middle]
+        place, row = rows[middle]
+        for mistake in row_type(self.dataset.entry).mistakes(row):  # says more than a tokenizer's error
+            if mistake.rule == "bad-row":
+                problem = mistake.about
         self.faults.note("refused-row", problem, *place)
 
     def _measure(self, rows: Sequence[tuple[Place, Row]], tokenized: list[Tokens]) -> None:

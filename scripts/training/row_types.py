@@ -249,6 +249,8 @@ class Chat(Tokenized):
                 if key not in ("tool_call_id", "name"):  # for the program that reads the chat
                     yield from texts(message.get(key), f"{path}.{key}")
         yield from texts(row.get("system"), "system")
+        tools = row.get("tools")
+        yield from texts(_parsed(tools) if isinstance(tools, str) else tools, "tools")
 
     def answer_of(self, row: Row) -> str:
         turns = self.items_of(row) or [{}]

@@ -27,7 +27,7 @@ def chat(*texts: str, **fields: Any) -> Row:
     return {"messages": messages}
 
 
-CHATS = [chat(f"Is {number} odd?", f"That is for {number} to know.") for number in range(4)]
+CHATS = [chat(f"Is {number} odd or even?", f"That is for {number} to know.") for number in range(4)]
 REASONED = [chat("Why?", "<think>\nFirst idea\n</think>\n\nSo.", "And?", "<think>\nOther idea\n</think>\n\nThus.")]
 LONG_ANSWER, LONG_PROMPT = chat("Why?", "words and words " * 60), chat("words and words " * 60, "So.")
 CALL = {"type": "function", "function": {"name": "find", "arguments": {"text": "a", "limit": None}}}
@@ -65,6 +65,8 @@ def named(findings: list[Finding]) -> list[tuple[str, str]]:
 NO_END = ("error", "eos-masked:datasets.0.type")
 DATED = ("error", "dated-template:chat_template")
 OTHER_PROMPT = ("warning", f"other-prompt:{KEY}")
+TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+TURNS = [chat("Is it?", "Yes.", "And?", "No.")]
 PLANTED: dict[str, tuple[str, list[Row], Row, Row, list[tuple[str, str]]]] = {
     "llama3": ("llama3", CHATS, {}, {}, []),
     "mistral_v1": ("mistral_v1", CHATS, {}, {}, []),
@@ -110,6 +112,14 @@ PLANTED: dict[str, tuple[str, list[Row], Row, Row, list[tuple[str, str]]]] = {
         {},
         [],
     ),
+    "unread-tools": (
+        "llama3",
+        [row | {"tools": [TOOL]} for row in CHATS],
+        {},
+        {},
+        [("warning", f"text-left-out:{KEY}")],
+    ),
+    "earlier-end": ("llama3", TURNS, {}, {"train_on_eos": "last"}, [("warning", f"end-masked:{KEY}")]),
     "lost-reasoning": ("qwen3", REASONED, {}, {}, [("warning", f"text-left-out:{KEY}")]),
     "empty-reasoning": ("qwen3", CHATS, {}, {}, [OTHER_PROMPT]),
     "null-argument": (
@@ -148,6 +158,15 @@ PLANTED: dict[str, tuple[str, list[Row], Row, Row, list[tuple[str, str]]]] = {
         [("error", f"too-long:{KEY}")],
     ),
 }
+
+
+def test_a_cut_answer_is_told_from_a_lost_one(place, models):
+    rows = [LONG_ANSWER, LONG_PROMPT, *CHATS]
+    problems = [finding.problem for finding in findings_of(models["llama3"], rows, TRUNCATE, {}) if finding.line]
+    assert problems == [
+        "1 row lose the end of the answer, because sequence_len truncates them",
+        "1 row lose all of the answer, because sequence_len truncates them",
+    ]
 
 
 @pytest.mark.parametrize("case", PLANTED.values(), ids=PLANTED)
@@ -214,6 +233,8 @@ INVENTED = {  # templates, each with a mistake that no rule names
     "cut-text": (TURN.replace("message.content", "message.content[:9]"), f"text-left-out:{KEY}"),
     "no-questions": (f"{{% if message.role != 'user' %}}{TURN}{{% endif %}}", f"text-left-out:{KEY}"),
     "other-header": (TURN.replace("message.role ", "message.role[:4] "), f"other-prompt:{KEY}"),
+    "open-chat": (TURN.replace("<|eot_id|>", "{{ '<|eot_id|>' if not loop.last }}"), "eos-masked:datasets.0.type"),
+    "repeated-question": (f"{TURN}{{% if message.role == 'user' %}}{TURN}{{% endif %}}", f"repeated-text:{KEY}"),
     "silent-end": (TURN.replace("<|eot_id|>", ""), "eos-masked:datasets.0.type"),
     "year": (f"{{{{ strftime_now('%Y') if loop.first }}}}{TURN}", "dated-template:chat_template"),
 }
@@ -269,6 +290,15 @@ def test_evaluation_rows_are_compared_with_training_rows_of_any_format(place, mo
     assert str(warning) == (
         f"{test}:2: warning: test_datasets.0.path: 1 row also in the training data: scores mean little ({training}:3); "
         "drop them from it [leaked-row:test_datasets.0.path]"
+    )
+
+
+def test_a_row_of_a_table_that_axolotl_cannot_read_is_named_by_its_field(place, models):
+    entry = write("rows.csv", [{"instruction": "Double 1.", "output": 2}, {"instruction": "Double 2.", "output": 4}])
+    (error,) = findings_of(models["llama3"], [], {}, entry)
+    assert str(error) == (
+        "rows.csv:1: error: datasets.0.path: 2 rows (lines 1, 2): the field output is not text; correct the rows, the "
+        "type or the template [bad-row:datasets.0.path]"
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.files import write_rows
 from qlora_recipes.check import check, rows
 from qlora_recipes.config.compose import Request
 from qlora_recipes.training import row_types
@@ -245,6 +246,12 @@ def test_each_repeated_row_is_listed_with_its_original():
         "(3 = train.jsonl:1, 4 = train.jsonl:2, 5 = train.jsonl:2); "
         "`dataset_exact_deduplication: true` drops them [repeated-row:KEY]"
     ]
+
+
+def test_repeated_rows_that_axolotl_drops_are_none():
+    write_rows(Path("train.jsonl"), [GOOD, GOOD])
+    cfg = {"datasets": [{"path": "train.jsonl", "type": "alpaca"}], "dataset_exact_deduplication": True}
+    assert rows.check_rows(cfg)[0] == []
 
 
 def test_memory_does_not_grow_with_the_number_of_faulty_rows():

@@ -145,6 +145,8 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (formatted(format="Q: "), "error prompt-format:datasets.0.type.format"),
     ({"adapter": "lora"}, "warning not-quantized:adapter"),
+    ({"adapter": "lora", "load_in_8bit": True}, "warning not-quantized:adapter"),
+    ({"sequence_len": None}, "warning no-sequence-len:sequence_len"),
     ({"peft_init_lora_weights": "pissa_niter_16"}, "error changed-base:peft_init_lora_weights"),
     (FUSED_LOSS, "error head-without-lora:liger_fused_linear_cross_entropy"),
     ({"fp16": None, "float16": True, "bf16": "auto"}, "error two-precisions:float16"),
