@@ -110,6 +110,22 @@ def test_qloras_rows_have_the_authors_tokens_and_loss(model):
         assert row.labels[:CUT] == [MASKED] * len(source) + target
 
 
+def test_birbals_rows_have_the_authors_tokens_and_loss(model):
+    loaded = tokenizer_of("birbal/mistral-7b-qlora", model)
+    tokenizer = loaded.tokenizer
+    segments = studies.find("birbal").data.fields["segments"]
+    expression = segments.replace("</s>", tokenizer.eos_token).replace("<s>", tokenizer.bos_token)
+    texts = [text_of(random.Random(seed)).partition("### Assistant:") for seed in range(200)]
+    rows = [{"question": f"### Input:\n{text}\n\n### Response:\n", "answer": answer} for text, _, answer in texts]
+    maker = RowMaker({"segments": expression}, {}, {}, "0")
+    tokenized = loaded.tokenize(FIRST, [maker.make(row)[0] for row in rows])
+    for row, tokens in zip(rows, tokenized, strict=True):
+        prompt = encoded(tokenizer, row["question"])
+        target = [*encoded(tokenizer, row["answer"])[1:], tokenizer.eos_token_id]
+        assert tokens.ids == prompt + target
+        assert tokens.labels == [MASKED] * len(prompt) + target
+
+
 def chat(chance: random.Random) -> list[dict[str, str]]:
     """A chat with or without a system message, of one to four turns."""
     roles = ["system"] * chance.randint(0, 1) + ["user", "assistant"] * chance.randint(1, 4)
