@@ -419,11 +419,13 @@ def outdated(former: Evaluation, plan: EvaluationPlan) -> str | None:
 def _generate(plan: EvaluationPlan, rows: EvaluationRows, part: Path) -> tuple[list[Row], EvaluationSettings]:
     """Generate the predictions that the file `part` lacks; return all, with their settings."""
     _require(plan)
+    chosen = rows.at(plan.positions)
+    registry.require(plan.columns.values(), [row.content for row in chosen.rows])
     _make_room(plan)
     with importing_axolotl(offline=plan.run.rehearsal):
         return predict(
             plan.settings,
-            rows.at(plan.positions),
+            chosen,
             plan.run_dir.config,
             plan.run_dir.output,
             part,

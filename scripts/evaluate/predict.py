@@ -29,11 +29,14 @@ if TYPE_CHECKING:
 
 OF_ENGINE = {"batch_tokens", "agreement", "distance"}  # settings that are known only after an engine has started
 
+ROW_FIELDS = ("idx", "lang", "group", "database", "database_sql")
+"""Fields of test rows that predictions.jsonl keeps, for tables and metrics."""
+
 
 def as_row(position: int, row: Row, reference: str) -> Row:
     """Row of predictions.jsonl without its prediction."""
     # user data can have other types in these fields; type() also rejects bool, which isinstance accepts as int
-    fields = {key: row[key] for key in ("idx", "lang", "group") if type(row.get(key)) in (int, str)}
+    fields = {key: row[key] for key in ROW_FIELDS if type(row.get(key)) in (int, str)}
     return {"row": position} | fields | {"reference": reference}
 
 

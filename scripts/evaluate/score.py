@@ -214,12 +214,11 @@ def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], scorers: Map
         columns: metrics by name.
         scorers: scorer models by column name.
     """
-    pairs = [(row["reference"], row["prediction"]) for row in rows]
     old = {*columns, *registry.OF_TEXT_ROWS}
     scored = [{key: value for key, value in row.items() if key not in old} for row in rows]
     for name, column in columns.items():
         if isinstance(column.metric, RowMetric):
-            values = column.metric.score_rows(pairs, scorers.get(name, column.parameters))
+            values = column.metric.scores_of(rows, scorers.get(name, column.parameters))
             for row, value in zip(scored, values, strict=True):
                 row[name] = value
     return scored

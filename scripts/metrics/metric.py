@@ -1,7 +1,7 @@
 """Metrics, columns (named metrics with parameters), and score records."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -223,6 +223,13 @@ class RowMetric(Metric):
     all_or_nothing: bool = False
     scope: ClassVar[str] = "mean over rows"
 
+    def require(self, rows: Iterable[Row], parameters: Any) -> None:
+        """Raise UserError if the metric lacks something to score rows with, before their predictions are generated."""
+
+    def scores_of(self, rows: Sequence[Row], parameters: Any) -> list[float]:
+        """Score of each row, which has `reference`, `prediction` and perhaps other fields."""
+        return self.score_rows([(row["reference"], row["prediction"]) for row in rows], parameters)
+
     def measure(self, column: "Column", data: ScoringInput) -> ScoreRecord:
         values = [row[column.name] for row in data.rows]
         return ScoreRecord(
@@ -422,7 +429,7 @@ def _refusal(point: EntryPoint, problem: str) -> UserError:
 
 
 METRICS = MetricRegistry(
-    "metric", *(f"{__package__}.{module}" for module in ("text", "answers", "bertscore", "registry"))
+    "metric", *(f"{__package__}.{module}" for module in ("text", "answers", "bertscore", "execution", "registry"))
 )
 
 

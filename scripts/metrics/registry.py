@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from ..base import yamlfiles
 from ..base.errors import UserError
+from ..base.files import Row
 from ..base.yamlfiles import Config
-from .metric import METRICS, BenchmarkMetric, Column, LossMetric, Parameters, ScoreRecord
+from .metric import METRICS, BenchmarkMetric, Column, LossMetric, Parameters, RowMetric, ScoreRecord
 
 
 class BenchmarkParameters(Parameters):
@@ -74,9 +75,21 @@ LONGER = 60
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
 _TAKEN = (
     *("rows", "intervals", "metrics", "notes", "empty", "repeated", "bertscore"),
-    *("row", "idx", "lang", "group", "reference", "prediction", "prompt", "prompt_token_ids"),
+    *("row", "idx", "lang", "group", "reference", "prediction", "prompt", "prompt_token_ids", "database"),
     *("run", "recipe", "variant_of", "study", "state", "jobs", "step", "steps", "ended", "verdict", "differs", "open"),
-    *("rehearsal", "test_set", "rows_evaluated", "memory", "time", "trial", "settings", "runs", "states", "seeds"),
+    *(
+        "database_sql",
+        "rehearsal",
+        "test_set",
+        "rows_evaluated",
+        "memory",
+        "time",
+        "trial",
+        "settings",
+        "runs",
+        "states",
+        "seeds",
+    ),
 )
 """Keys with another meaning in predictions.jsonl and `--json` outputs."""
 
@@ -133,6 +146,13 @@ def columns(declared: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Colum
         WrongMetric: see `column`.
     """
     return {name: column(name, entry) for name, entry in declared.items()}
+
+
+def require(columns: Iterable[Column], rows: Sequence[Row]) -> None:
+    """Raise UserError if a metric lacks something to score rows with, see `RowMetric.require`."""
+    for column in columns:
+        if isinstance(column.metric, RowMetric):
+            column.metric.require(rows, column.parameters)
 
 
 def requested(texts: Iterable[str]) -> dict[str, Column]:
