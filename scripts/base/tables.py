@@ -256,6 +256,7 @@ def show(json: bool, records: Any, tables: Iterable[Table], notes: Iterable[str]
 def print_tokens(rows: Sequence[Row]) -> None:
     """Print tokenized rows on stdout."""
     for row in rows:
-        about = f"{row['dataset']}, row {row['row']}: {row['length']} tokens, {row['learnt']} with loss"
+        answer = f", {row['answer']}" if "answer" in row else ""
+        about = f"{row['dataset']}, row {row['row']}{answer}: {row['length']} tokens, {row['learnt']} with loss"
         click.secho(f"{about}{', longer than sequence_len' if row['too_long'] else ''}", bold=True)
         print(harmless(row["text"]), end="\n\n")

@@ -19,7 +19,7 @@ from ..config import datafiles, models
 from ..config.datafiles import DatasetRef
 from ..config.finding import DATED, Faults, Finding
 from ..training.losses import MASKED
-from ..training.row_types import Chat, Segments, row_type
+from ..training.row_types import Chat, Pairs, Segments, row_type
 from ..training.tokens import Tokenizer, Tokens, changed_by_loading, end_ids, on_day, read_keys, without_nulls
 from .rows import Place, Wording
 
@@ -79,7 +79,7 @@ class RenderedRows:
         self.tokenizer = tokenizer
         self.dataset = dataset
         self.entry = tokenizer.entry(dataset)
-        self.kind = row_type(dataset.entry)
+        self.kind = row_type(dataset.entry, dataset.rl)
         self.ends = end_ids(tokenizer.cfg, tokenizer.tokenizer)
         self.faults = Faults()
         self.rows = 0
@@ -121,6 +121,18 @@ class RenderedRows:
             for (place, _), paths in zip(rows, changed_by_loading([row for _, row in rows], self.kind), strict=True):
                 for path in paths:
                     self.faults.note("changed-row", path, *place)
+
+    def add_pair(self, place: Place, row: Row, chosen: Tokens, rejected: Tokens) -> None:
+        """Compare a preference pair with the tokens of its prompt and each answer."""
+        self._compare_text(place, row, self._decoded(chosen.ids) + self._decoded(rejected.ids))
+        self._compare_bos(place, chosen)
+        if len(self.first) < _DATED:
+            self.first.append((row, chosen))
+        for tokens in (chosen, rejected):
+            start, end = tokens.last_part()
+            self._compare_end(place, tokens, start, end)
+            if end > self.tokenizer.cfg.sequence_len:  # TRL truncates what Axolotl has not dropped
+                self.faults.note("end-cut", "", *place)
 
     def add_pieces(self, tokenized: Sequence[Tokens]) -> None:
         """Compare the pieces of rows that Axolotl divides; only the last piece of a row has an end."""
@@ -256,7 +268,7 @@ class RenderedRows:
         if self.unread:
             problem = f"fields of messages that nothing reads: {', '.join(sorted(self.unread))}"
             yield Finding("note", "unread-field", key, problem)
-        if isinstance(self.kind, Chat):
+        if isinstance(self.kind, Chat | Pairs):
             yield from self._date_findings()
 
     def _end_findings(self) -> Iterator[Finding]:
@@ -321,7 +333,7 @@ class RenderedRows:
             return
         problem = "the chat template writes today's date: prompts differ from day to day, in training and in use"
         remedy = "use a template without a date"
-        setting = self._with_template_argument(_FIXED_DATE)
+        setting = self._with_template_argument(_FIXED_DATE)  # not read for pairs
         with suppress(UserError):  # the template refuses the argument
             if not _changes_by_day(Tokenizer(self.tokenizer.content | setting), self.dataset, rows):
                 remedy = f"set {write_flow(setting)[1:-1]}"
@@ -329,10 +341,11 @@ class RenderedRows:
 
 
 def _changes_by_day(tokenizer: Tokenizer, dataset: DatasetRef, rows: Sequence[Row]) -> bool:
+    tokenize = tokenizer.pairs if dataset.rl else tokenizer.tokenize
     tokens = []
     for day in _DAYS:
         with on_day(day):
-            tokens.append(tokenizer.tokenize(dataset, rows))
+            tokens.append(tokenize(dataset, rows))
     return tokens[0] != tokens[1]
 
 

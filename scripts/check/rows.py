@@ -17,7 +17,7 @@ from ..base.yamlfiles import Config
 from ..config import datafiles, models
 from ..config.datafiles import DatasetRef
 from ..config.finding import LEAKED, Faults, FaultyRows, Finding, Level
-from ..training.row_types import RowMistake, RowType, Segments, row_type
+from ..training.row_types import Pairs, RowMistake, RowType, Segments, row_type
 
 
 def check_rows(
@@ -53,13 +53,14 @@ def check_rows(
             sizes.append(reader.size())
     test = datafiles.test_file(config)
     if test and [test] not in [size["files"] for size in sizes]:
-        findings += _leaked_rows(test, datafiles.training_sets(config)[0].entry, seen)
+        findings += _leaked_rows(test, datafiles.training_sets(config)[0], seen)
     return findings, sizes
 
 
-def _leaked_rows(test: str, entry: Config, seen: dict[int, str]) -> list[Finding]:
+def _leaked_rows(test: str, dataset: DatasetRef, seen: dict[int, str]) -> list[Finding]:
     """Find training rows in a file of test rows that no data set names, in the format of a data set."""
-    reader = _Reader(DatasetRef("test_datasets", 0, entry | {"path": test, "split": None}), None, seen)
+    entry = dataset.entry | {"path": test, "split": None}
+    reader = _Reader(DatasetRef("test_datasets", 0, entry, dataset.rl), None, seen)
     (file,) = reader.files
     file.key = ""
     reader.read(file)
@@ -114,6 +115,9 @@ _WORDING = {
         "error", "{n}: the type reads other fields: {about}", "correct or drop these rows", rule="bad-row"
     ),
     "empty-reference": Wording("warning", "{n} with an empty {about}: the model learns nothing", "drop these rows"),
+    "equal-answers": Wording("error", "{n}: {about}, so that the pair has no gradient", "drop these rows"),
+    "other-prompt": Wording("error", "{n}: {about}; Axolotl takes the chosen one's", "correct or drop these rows"),
+    "swapped-pair": Wording("warning", "{n}: {about}", "swap the answers, or drop these rows"),
     "lacks-system": Wording(
         "error", "{n} without the field system, which Axolotl fills with None", 'add it; it can be ""'
     ),
@@ -204,7 +208,7 @@ class _Reader:
         self.dataset = dataset
         self.step = 1
         self.key = f"{dataset.key}.path"
-        self.type = row_type(dataset.entry)
+        self.type = row_type(dataset.entry, dataset.rl)
         self.paths = datafiles.present_files(dataset.entry)
         self.files = [_File(self.key, path) for path in self.paths if path.suffix == ".jsonl"]
         self.special = None
@@ -259,6 +263,14 @@ class _Reader:
             if name not in self.type.names and len(self.unread) < Faults.MOST_SUBJECTS:
                 self.unread.add(name)
         self._check_text(file, number, self.type.content_of(row))
+        if isinstance(self.type, Pairs):
+            self._check_order(file, number, self.type.content_of(self.type.swapped(row)))
+
+    def _check_order(self, file: _File, number: int, swapped: str) -> None:
+        """Find a pair whose answers are those of an earlier training pair, swapped."""
+        if original := self.seen.get(hash(swapped)):
+            mistake = RowMistake("swapped-pair", "an earlier pair prefers the other answer")
+            file.count(mistake, number, original)
 
     def _check_text(self, file: _File, number: int, text: str) -> None:
         if text in ("[]", "{}"):

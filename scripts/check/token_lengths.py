@@ -16,7 +16,8 @@ from ..config.finding import LEAKED, NO_BATCH, Faults, Finding
 from ..config.training_settings import TrainingSettings
 from ..data.raw_rows import parquet_batches
 from ..training.losses import pieces
-from ..training.row_types import row_type
+from ..training.preferences import PairIds
+from ..training.row_types import OF_PAIRS, row_type
 from ..training.tokens import Tokenizer, Tokens, count_packed, padding, unknown_roles
 from .rendered_rows import RenderedRows
 from .rows import LEAKED_ROWS, Place, Wording, example, lines_of, readable
@@ -41,28 +42,46 @@ def by_token(content: Config, count: int) -> list[Row]:
 
     Returns:
         For each row: the data set's key, the row's number and length, the number of tokens trained on, a flag for
-        rows longer than sequence_len, token ids, labels, and text. In the text, ⟪ and ⟫ enclose tokens trained on.
+        rows longer than sequence_len, token ids, labels, and text. In the text, ⟪ and ⟫ enclose tokens trained on. A
+        preference pair has two rows, with `answer`: chosen and rejected.
     """
     tokenizer = Tokenizer(content)
     rows = []
     for dataset in datafiles.training_sets(content):
         numbered = [*islice(_numbered(tokenizer, dataset), count)]
-        tokenized = tokenizer.tokenize(dataset, [row for _, row in numbered]) if numbered else []
-        for ((_, line), _), tokens in zip(numbered, tokenized, strict=False):
-            length = len(tokens.ids)
-            rows.append(
-                {
-                    "dataset": dataset.key,
-                    "row": line,
-                    "length": length,
-                    "learnt": tokens.learnt,
-                    "too_long": length > tokenizer.cfg.sequence_len,
-                    "ids": tokens.ids,
-                    "labels": tokens.labels,
-                    "text": _marked_text(tokenizer, tokens),
-                }
-            )
+        if not numbered:
+            continue
+        lines = [line for (_, line), _ in numbered]
+        content_rows = [row for _, row in numbered]
+        if dataset.rl in OF_PAIRS:
+            for line, pair in zip(lines, tokenizer.pairs(dataset, content_rows), strict=True):
+                for answer, tokens in _answers(pair).items():
+                    rows.append(_shown(tokenizer, dataset, line, tokens) | {"answer": answer})
+            continue
+        for line, tokens in zip(lines, tokenizer.tokenize(dataset, content_rows), strict=False):
+            rows.append(_shown(tokenizer, dataset, line, tokens))
     return rows
+
+
+def _answers(pair: PairIds) -> dict[str, Tokens]:
+    """Tokens of each answer of a pair, behind the prompt."""
+    answers = {"chosen": pair.chosen, "rejected": pair.rejected}
+    return {name: Tokens.answered(pair.prompt, ids) for name, ids in answers.items()}
+
+
+def _shown(tokenizer: Tokenizer, dataset: DatasetRef, line: int, tokens: Tokens) -> Row:
+    """Fields of a row in the result of `by_token`."""
+    length = len(tokens.ids)
+    return {
+        "dataset": dataset.key,
+        "row": line,
+        "length": length,
+        "learnt": tokens.learnt,
+        "too_long": length > tokenizer.cfg.sequence_len,
+        "ids": tokens.ids,
+        "labels": tokens.labels,
+        "text": _marked_text(tokenizer, tokens),
+    }
 
 
 def _marked_text(tokenizer: Tokenizer, tokens: Tokens) -> str:
@@ -90,7 +109,11 @@ def lengths(content: Config, sample: int | None = None, gpus: int = 1) -> tuple[
     trained: dict[int, Place] = {}
     for dataset in datafiles.datasets(content):
         total = datafiles.count_jsonl(dataset.entry)
-        tokenized = _TokenizedSet(tokenizer, dataset, trained)
+        if dataset.rl and dataset.rl not in OF_PAIRS:
+            problem = f"rows of rl: {dataset.rl} are not tokenized"
+            findings.append(Finding("note", "not-checked", f"{dataset.key}.type", problem))
+            continue
+        tokenized = (_TokenizedPairs if dataset.rl else _TokenizedSet)(tokenizer, dataset, trained)
         with Bar(f"tokenize {dataset.key}", sample or total) as bar:
             for batch in batched(_numbered(tokenizer, dataset, sample), 1000):
                 tokenized.add(batch)
@@ -147,12 +170,19 @@ class _TokenizedSet:
         if self.is_given_up:
             return False
         try:
-            tokenized = self.tokenizer.tokenize(self.dataset, [row for _, row in rows])
+            self._tokenize(rows)
         except UserError as error:
             self._add_halves(rows, error.problem)
             return False
-        self._measure(rows, tokenized)
         return True
+
+    def _tokenize(self, rows: Sequence[tuple[Place, Row]]) -> None:
+        """Tokenize and measure rows.
+
+        Raises:
+            UserError: Axolotl cannot tokenize them.
+        """
+        self._measure(rows, self.tokenizer.tokenize(self.dataset, [row for _, row in rows]))
 
     def _add_halves(self, rows: Sequence[tuple[Place, Row]], problem: str) -> None:
         """Bisect rows that Axolotl refuses, so that it reads the others; some rows fail only together."""
@@ -287,6 +317,36 @@ class _TokenizedSet:
         yield Finding("error", NO_BATCH, "micro_batch_size", problem, remedy, rule_scope="data")
 
 
+class _TokenizedPairs(_TokenizedSet):
+    """Lengths of preference pairs, each that of the prompt with its longer answer, and mistakes.
+
+    Attributes:
+        dropped: number of pairs that Axolotl finds too long. It counts neither the BOS nor the EOS that TRL adds.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, dataset: DatasetRef, trained: dict[int, Place]):
+        super().__init__(tokenizer, dataset, trained)
+        self.dropped = 0
+
+    def _tokenize(self, rows: Sequence[tuple[Place, Row]]) -> None:
+        pairs = self.tokenizer.pairs(self.dataset, [row for _, row in rows])
+        self.rows += len(rows)
+        for (place, row), pair in zip(rows, pairs, strict=True):
+            self.sizes.append(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
+            self.learnt.append(len(pair.chosen) + len(pair.rejected))
+            self.dropped += pair.is_dropped
+            chosen, rejected = _answers(pair).values()
+            self.rendered.add_pair(place, row, chosen, rejected)
+            self._compare_sets(place, Tokens(chosen.ids + rejected.ids, []))
+
+    def measures(self) -> Row:
+        """Lengths of pairs in tokens; the padding, which depends on both answers, is unknown."""
+        return super().measures() | {"padding": None}
+
+    def _count_long(self) -> int:
+        return self.dropped
+
+
 def _numbered(tokenizer: Tokenizer, dataset: DatasetRef, sample: int | None = None) -> Iterator[tuple[Place, Row]]:
     """Rows of a data set's local files, each with file and line, or with its number among the rows that Axolotl loads.
 
@@ -302,7 +362,7 @@ def _numbered(tokenizer: Tokenizer, dataset: DatasetRef, sample: int | None = No
             yield (dataset.path, number), row
         return
     lines = chain.from_iterable(map(lines_of, files))
-    kind = row_type(dataset.entry)
+    kind = row_type(dataset.entry, dataset.rl)
     step = datafiles.stride(datafiles.count_jsonl(dataset.entry), sample)
     for place, line in islice(lines, 0, datafiles.first_rows(dataset.entry), step):
         row = readable(kind, line)

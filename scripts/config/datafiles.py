@@ -51,11 +51,13 @@ class DatasetRef:
         section: the config's list of data sets.
         index: the position in that list.
         entry: the settings of the data set, as the config has them.
+        rl: the config's preference training, such as `dpo`; None without one.
     """
 
     section: Section
     index: int
     entry: Config = field(compare=False, repr=False)
+    rl: str | None = field(default=None, compare=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -115,7 +117,8 @@ def in_section(config: Config, section: Section) -> list[DatasetRef]:
     entries = config.get(section)
     if not isinstance(entries, list):
         return []
-    return [DatasetRef(section, i, entry) for i, entry in enumerate(entries) if isinstance(entry, dict)]
+    rl = config.get("rl")
+    return [DatasetRef(section, i, entry, rl) for i, entry in enumerate(entries) if isinstance(entry, dict)]
 
 
 @dataclass(frozen=True)

@@ -281,6 +281,90 @@ class Chat(Tokenized):
         return self.item_mistakes(message, required, (self.role, self.content, *self.other_keys))
 
 
+_SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
+"""Columns of public data sets with the scores of a pair's answers."""
+
+
+@dataclass(frozen=True)
+class Pairs(RowType):
+    """A type of preference pairs: a prompt, a chosen and a rejected answer.
+
+    Attributes:
+        prompt: the field of the prompt; empty if both answers are conversations that begin with it.
+        chosen, rejected: the fields of the answers.
+        content: the key of a message's text.
+        are_texts: the fields are texts; otherwise messages or texts.
+    """
+
+    prompt: str = ""
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    content: str = "content"
+    are_texts: bool = True
+
+    def swapped(self, row: Row) -> Row:
+        """Row with the answers swapped."""
+        return row | {self.chosen: row.get(self.rejected), self.rejected: row.get(self.chosen)}
+
+    def texts_of(self, row: Row) -> Iterator[tuple[str, str]]:
+        for name in self.names:
+            value = row.get(name)
+            if isinstance(value, str):
+                yield name, value
+        for name in (self.prompt, self.chosen, self.rejected):
+            for message in _messages(row.get(name)):
+                yield from texts(message.get(self.content), f"{name}[].{self.content}")
+
+    def field_mistakes(self, name: str, row: Row) -> Iterator[RowMistake]:
+        value = row.get(name)
+        if name in self.optional:
+            return
+        if self.are_texts:
+            is_read, kind = isinstance(value, str), "text"
+        else:
+            is_read, kind = self._is_message(name, value), "text or messages" if self.prompt else "messages"
+        if not is_read:
+            yield RowMistake("bad-row", f"the field {name} is {f'not {kind}' if name in row else 'missing'}")
+
+    def _is_message(self, name: str, value: Any) -> bool:
+        """True for messages with texts and, beside a prompt, for a text."""
+        if isinstance(value, str):
+            return bool(self.prompt)
+        messages = _messages(value)
+        least = 1 if self.prompt else 2
+        return len(messages) >= least and all(isinstance(message.get(self.content), str) for message in messages)
+
+    def further_mistakes(self, row: Row) -> Iterator[RowMistake]:
+        chosen, rejected = self._answer(row.get(self.chosen)), self._answer(row.get(self.rejected))
+        for name, answer in ((self.chosen, chosen), (self.rejected, rejected)):
+            if answer is not None and not answer.strip():
+                yield RowMistake("bad-row", f"the field {name} is empty")
+        if chosen and chosen == rejected:
+            yield RowMistake("equal-answers", f"{self.chosen} and {self.rejected} are equal")
+        if not self.prompt and _messages(row.get(self.chosen))[:-1] != _messages(row.get(self.rejected))[:-1]:
+            yield RowMistake("other-prompt", "the conversations differ before the last message")
+        for better, worse in _SCORES:
+            high, low = row.get(better), row.get(worse)
+            if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
+                yield RowMistake("swapped-pair", f"{better} is lower than {worse}")
+
+    def _answer(self, value: Any) -> str | None:
+        """Text of an answer; None if it is malformed."""
+        if isinstance(value, str):
+            return value
+        messages = _messages(value)
+        text = messages[-1].get(self.content) if messages else None
+        return text if isinstance(text, str) else None
+
+
+def _messages(value: Any) -> list[Row]:
+    """Messages in a field that holds one or more; empty for other values."""
+    messages = [value] if isinstance(value, dict) else value
+    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+        return messages
+    return []
+
+
 _ALPACA = TextRows(("instruction", "output"), ("input",), "output")
 _WITH_SYSTEM = TextRows(("instruction", "system", "output"), ("input",), "output")
 _ORCA = TextRows(("question", "system_prompt", "response"), (), "response")
@@ -305,9 +389,21 @@ TYPES = {
 From axolotl/prompt_strategies and prompt_tokenizers.py."""
 
 
-def row_type(entry: Config) -> RowType:
-    """Type of a data set, from its entry in a config."""
+OF_PAIRS = ("dpo", "ipo", "simpo")
+"""Values of `rl` whose rows are read by axolotl/prompt_strategies/dpo."""
+_PAIRS = {
+    "intel": "question",
+    "icr": "input",
+    "prompt_pairs": "prompt",
+}
+"""Field of the prompt in types of texts that begin with `chatml.` or `llama3.`."""
+
+
+def row_type(entry: Config, rl: str | None = None) -> RowType:
+    """Type of a data set, from its entry in a config and the preference training."""
     name = entry.get("type")
+    if rl:
+        return _pairs_type(name, entry) if rl in OF_PAIRS else RowType()
     if isinstance(name, dict):
         return _described_type(name)
     if name is None:
@@ -320,6 +416,27 @@ def row_type(entry: Config) -> RowType:
     if name == "input_output":
         return Segments(("segments",))
     return TYPES.get(str(name).partition(":")[0], RowType())
+
+
+def _pairs_type(name: Any, entry: Config) -> RowType:
+    """Type of preference pairs, from its name or description (axolotl/prompt_strategies/dpo)."""
+    chosen, rejected = entry.get("field_chosen") or "chosen", entry.get("field_rejected") or "rejected"
+    content = (entry.get("message_property_mappings") or {}).get("content") or "content"
+    if isinstance(name, dict):
+        prompt, system = name.get("field_prompt") or "prompt", name.get("field_system") or "system"
+        chosen, rejected = name.get("field_chosen") or "chosen", name.get("field_rejected") or "rejected"
+        return Pairs((prompt, chosen, rejected), (system,), "", prompt, chosen, rejected)
+    if name in (None, "passthrough"):
+        return Pairs(("prompt", "chosen", "rejected"), (), "", "prompt")
+    if name in ("chat_template", "chat_template.default"):
+        prompt = entry.get("field_messages") or "messages"
+        return Pairs((prompt, chosen, rejected), (), "", prompt, chosen, rejected, content, are_texts=False)
+    if name == "chat_template.argilla_chat":
+        return Pairs((chosen, rejected), (), "", "", chosen, rejected, content, are_texts=False)
+    family, _, style = str(name).partition(".")
+    if family in ("chatml", "llama3") and style in _PAIRS:
+        return Pairs((_PAIRS[style], "chosen", "rejected"), ("system",), "", _PAIRS[style])
+    return RowType()
 
 
 def _described_type(description: Config) -> TextRows:

@@ -44,8 +44,9 @@ from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..config.datafiles import DatasetRef
 from ..config.training_settings import TrainingSettings
-from . import chat_templates
+from . import chat_templates, preferences
 from .losses import MASKED
+from .preferences import PairIds
 from .row_types import Chat, RowType, row_type
 from .validation import validated
 
@@ -85,6 +86,11 @@ class Tokens:
         while start > 0 and self.labels[start - 1] != MASKED:
             start -= 1
         return start, end
+
+    @classmethod
+    def answered(cls, prompt: list[int], answer: list[int]) -> "Tokens":
+        """Tokens of a prompt, and of an answer with loss."""
+        return cls(prompt + answer, [MASKED] * len(prompt) + answer)
 
     def parts(self) -> tuple[list[int], list[int]]:
         """Prompt and answer: the last sequence of tokens with loss, and all before it; empty if no token has loss."""
@@ -168,6 +174,10 @@ class Tokenizer:
         pieces = entry["type"] == "completion"  # Axolotl splits these rows into rows of sequence_len tokens
         longest = self.cfg.sequence_len if pieces else _NO_LIMIT
         return tokenize(dataset.key, self.cfg, entry, self.tokenizer, rows, longest)
+
+    def pairs(self, dataset: DatasetRef, rows: Sequence[Row]) -> list[PairIds]:
+        """Tokenize preference pairs of a data set, without cutting long ones."""
+        return preferences.tokenize(self.cfg, dataset, self.tokenizer, rows)
 
     def chat_strategy(self, dataset: DatasetRef) -> Any:
         """Axolotl's strategy for the chats of a data set."""

@@ -33,11 +33,11 @@ def write(name: str, lines: list[Any]) -> None:
     Path(name).write_bytes(b"\n".join(raw) + b"\n")
 
 
-def findings_of(lines: list[Any], dataset: dict[str, Any] | None = None) -> list[str]:
+def findings_of(lines: list[Any], dataset: dict[str, Any] | None = None, rl: str | None = None) -> list[str]:
     """Findings for a training file of some rows or raw lines."""
     write("train.jsonl", lines)
     data = {"path": "train.jsonl", "type": "alpaca"} | (dataset or {})
-    findings, _ = rows.check_rows({"base_model": LLAMA_2, "datasets": [data]})
+    findings, _ = rows.check_rows({"base_model": LLAMA_2, "rl": rl, "datasets": [data]})
     return [str(finding).replace("datasets.0.path", "KEY") for finding in findings]
 
 
@@ -87,6 +87,41 @@ OF_SEGMENTS = [
     ({"segments": [{"text": "a"}]}, BAD.format("an item of segments lacks label")),
     ({"segments": ["a"]}, BAD.format("an item of segments is not a mapping")),
 ]
+GOOD_PAIR = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+PAIRS = {"type": "chat_template", "field_messages": "prompt"}
+FULL_PAIR = {"chosen": [ASKED, ANSWER], "rejected": [ASKED, ANSWER | {"content": "No test."}]}
+FULL_PAIRS = {"type": "chat_template.argilla_chat"}
+OF_PAIRS = [
+    ({"prompt": "a", "chosen": "b"}, BAD.format("the field rejected is missing")),
+    (GOOD_PAIR | {"chosen": 3}, BAD.format("the field chosen is not text or messages")),
+    (GOOD_PAIR | {"rejected": [{"role": "assistant"}]}, BAD.format("the field rejected is not text or messages")),
+    (GOOD_PAIR | {"rejected": " "}, BAD.format("the field rejected is empty")),
+    ({"prompt": "a", "chosn": "b", "rejected": "c"}, BAD.format("the field chosn; did you mean chosen?")),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "b"}]},
+        "error: KEY: 1 row: chosen and rejected are equal, so that the pair has no gradient; drop these rows "
+        "[equal-answers:KEY]",
+    ),
+    (
+        {"prompt": "Why?", "chosen": "No.", "rejected": "So."},
+        "warning: KEY: 1 row: an earlier pair prefers the other answer (train.jsonl:1); swap the answers, or drop "
+        "these rows [swapped-pair:KEY]",
+    ),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 2.0, "score_rejected": 5},
+        "warning: KEY: 1 row: score_chosen is lower than score_rejected; swap the answers, or drop these rows "
+        "[swapped-pair:KEY]",
+    ),
+    (GOOD_PAIR, REPEATED),
+]
+OF_FULL_PAIRS = [
+    ({"chosen": "a", "rejected": "b"}, BAD.format("the field chosen is not messages")),
+    (
+        FULL_PAIR | {"chosen": [SYSTEM, ASKED, ANSWER]},
+        "error: KEY: 1 row: the conversations differ before the last message; Axolotl takes the chosen one's; correct "
+        "or drop these rows [other-prompt:KEY]",
+    ),
+]
 WITHOUT_INPUT = (
     {"instruction": "a", "output": "b"},
     "error: KEY: 1 row without input: Axolotl uses its own prompt instead of format; "
@@ -105,6 +140,25 @@ WITHOUT_INPUT = (
 )
 def test_a_row_that_spoils_a_training_is_found_with_its_line(good, dataset, row, finding):
     assert findings_of([good, row], dataset) == [f"train.jsonl:2: {finding}"]
+
+
+@pytest.mark.parametrize(
+    ("good", "dataset", "row", "finding"),
+    [
+        *((GOOD_PAIR, PAIRS, *mistake) for mistake in OF_PAIRS),
+        *((FULL_PAIR, FULL_PAIRS, *mistake) for mistake in OF_FULL_PAIRS),
+        (GOOD_PAIR, {"type": "passthrough"}, {"prompt": "a", "chosen": {}}, BAD.format("the field chosen is not text")),
+        (
+            {"q": "a", "chosen": "b", "rejected": "c"},
+            {"type": {"field_prompt": "q"}},
+            {"q": "a", "chosen": "b", "rejected": None},
+            BAD.format("the field rejected is not text"),
+        ),
+    ],
+)
+def test_a_pair_that_spoils_a_training_is_found_with_its_line(good, dataset, row, finding):
+    assert f"train.jsonl:2: {finding}" in findings_of([good, row], dataset, "dpo")
+    assert findings_of([good], dataset, "dpo") == []
 
 
 SHAREGPT = {"field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}}
