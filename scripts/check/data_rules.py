@@ -8,6 +8,7 @@ from ..base.yamlfiles import Config
 from ..config import datafiles, gpus, models
 from ..config.numerics import AMPERE, precision, takes_varlen
 from ..data import studies
+from ..training.row_types import OF_PAIRS
 from .rule import Case, Problems, rule
 
 
@@ -93,6 +94,29 @@ def trained_test_rows(case: Case) -> Problems:
             if test.source == trained.source and len(parts) < 2:
                 problem = f"has rows of {trained.key}, which are trained on: scores mean little"
                 yield "warning", f"{test.key}.path", problem, "name other rows, or delete it and set val_set_size"
+
+
+@rule()
+def misread_test_rows(case: Case) -> Problems:
+    """Axolotl reads the i-th test set with the fields of the i-th training set (prompt_strategies/dpo).
+
+    Its validation turns a described type of test rows into one without fields, so that no format applies (seen).
+    """
+    if case["rl"] not in OF_PAIRS:
+        return
+    trained = datafiles.training_sets(case.config)
+    for test in datafiles.test_sets(case.config):
+        key = f"{test.key}.type"
+        if isinstance(test.entry.get("type"), dict):
+            yield "error", key, "Axolotl reads test rows without this format", "delete it, and set val_set_size"
+        elif test.index >= len(trained) or _fields(test.entry) != _fields(trained[test.index].entry):
+            problem = f"Axolotl reads these rows with type and fields of datasets.{test.index}, which differ"
+            yield "error", key, problem, "name a training set with the same fields, or set val_set_size"
+
+
+def _fields(entry: Config) -> list[Any]:
+    """Type and fields of a data set of preference pairs."""
+    return [entry.get(key) for key in ("type", "field_messages", "field_chosen", "field_rejected")]
 
 
 @rule()

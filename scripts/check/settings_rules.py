@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ..config.gpus import deepspeed_of
 from ..config.merging import flatten
 from ..config.numerics import AMPERE, precision, quantized, takes_varlen
 from ..config.training_settings import KEPT_CHECKPOINTS, TrainingSettings
+from ..training.row_types import OF_PAIRS
 from .rule import Case, Problems, rule
 
 
@@ -414,5 +416,44 @@ def deleted_checkpoints(case: Case) -> Problems:
 @rule()
 def no_preference(case: Case) -> Problems:
     """With a beta of 0, the loss of DPO is constant: 0.6931, with a gradient of 0 (TRL#1311; seen)."""
-    if case["rl"] and case["rl_beta"] == 0:
+    if not case["rl"]:
+        return
+    beta = (case["trl"] or {}).get("beta", case["rl_beta"])
+    if beta == 0:
         yield "error", "rl_beta", "0: preferences have no effect, and nothing is trained", "set it, for example to 0.1"
+    elif beta is None and case["rl"] in OF_PAIRS:
+        yield "note", "rl_beta", "not set: TRL uses 0.1", "set it"
+
+
+@rule()
+def ignored_adapter(case: Case) -> Problems:
+    """TRL gets only the adapter's settings: training begins with a new adapter (loaders/model.py, _build_adapters)."""
+    if case["rl"] in ("dpo", "ipo", "kto") and case["lora_model_dir"]:
+        problem = f"rl: {case['rl']} does not load these weights, and trains a new adapter of the base model"
+        merge = f"axolotl merge-lora CONFIG --lora-model-dir {shlex.quote(str(case['lora_model_dir']))}"
+        remedy = f"merge the adapter with the config that trained it (`{merge}`), and name the folder as base_model"
+        yield "error", "lora_model_dir", problem, remedy
+
+
+@rule()
+def dropout_without_effect(case: Case) -> Problems:
+    """TRL's DPO trainer sets dropout to 0 after it adds the adapter (disable_dropout in trl/trainer/dpo_trainer.py)."""
+    if case["rl"] in ("dpo", "ipo") and case["lora_dropout"]:
+        yield "warning", "lora_dropout", "no effect: TRL turns dropout off for DPO", "set it to 0"
+
+
+@rule()
+def rounded_steps(case: Case) -> Problems:
+    """TRL's DPO trainer casts adapters of a quantized base to bf16, with 8 significant bits.
+
+    LoRA's A begins with values near 0.01, where bf16 numbers are 3e-5 to 6e-5 apart; Adam's steps are as large as the
+    learning rate, and below half of the distance they are lost.
+    """
+    rate = case["learning_rate"]
+    is_cast = case["rl"] in ("dpo", "ipo") and case.lora and quantized(case.config)
+    if is_cast and isinstance(rate, float) and rate < _LOST_IN_BF16:
+        problem = f"{rate:g}: TRL trains adapters of a quantized base in bf16, which rounds so small steps away"
+        yield "warning", "learning_rate", problem, f"set {_LOST_IN_BF16:g} or more, or use adapter: lora"
+
+
+_LOST_IN_BF16 = 1e-5

@@ -56,6 +56,10 @@ OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "
 DATA = {"path": "data/codereviewer/train.jsonl", "type": "alpaca"}
 CHATS = DATA | {"type": "chat_template"}
 CHAT = {"datasets": [CHATS]}
+TEST = {"path": "data/codereviewer/valid.jsonl", "type": "chatml.intel", "split": "train"}
+PAIRS = DATA | {"type": "chatml.intel"}
+DPO = {"datasets": [PAIRS], "rl": "dpo", "rl_beta": 0.1, "test_datasets": [TEST], "lora_dropout": 0.0}
+MISREAD = "error misread-test-rows:test_datasets.0.type"
 PHI = {"base_model": "microsoft/Phi-3-mini-4k-instruct", "lora_target_modules": ["q_proj", "o_proj"]}
 TIED = {"base_model": "meta-llama/Llama-3.2-3B", "special_tokens": {"pad_token": "<|end_of_text|>"}}
 LIGER = "axolotl.integrations.liger.LigerPlugin"
@@ -82,7 +86,14 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"lora_target_linear": True}, "warning overridden-targets:lora_target_linear"),
     ({"save_only_model": True}, "warning cannot-resume:save_only_model"),
     ({"saves_per_epoch": 5, "save_total_limit": None}, "note deleted-checkpoints:save_total_limit"),
-    ({"rl": "dpo", "rl_beta": 0.0}, "error no-preference:rl_beta"),
+    (DPO | {"rl_beta": 0.0}, "error no-preference:rl_beta"),
+    (DPO | {"rl_beta": None}, "note no-preference:rl_beta"),
+    (DPO | {"lora_model_dir": "ds.json"}, "error ignored-adapter:lora_model_dir"),
+    (DPO | {"lora_dropout": 0.05}, "warning dropout-without-effect:lora_dropout"),
+    (DPO | {"learning_rate": 5e-6}, "warning rounded-steps:learning_rate"),
+    (DPO | {"test_datasets": [TEST | {"type": {"prompt_format": "{prompt}"}}]}, MISREAD),
+    (DPO | {"test_datasets": [TEST | {"field_messages": "prompt"}]}, MISREAD),
+    (DPO | {"test_datasets": [TEST, TEST]}, "error misread-test-rows:test_datasets.1.type"),
     (
         {"special_tokens": {"additional_special_tokens": ["<tool>"]}},
         "warning missing-special-token:special_tokens.additional_special_tokens",
