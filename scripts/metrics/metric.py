@@ -126,6 +126,14 @@ class ScoreRecord(BaseModel):
     benchmark: Benchmark | None = None
 
 
+class Rewards(NamedTuple):
+    """Rewards of held-out preference pairs: accuracy as a share, mean margin, and number of pairs."""
+
+    accuracy: float | None = None
+    margin: float | None = None
+    pairs: int = 0
+
+
 class EvalLosses(NamedTuple):
     """Eval losses of a run, in nats.
 
@@ -133,10 +141,12 @@ class EvalLosses(NamedTuple):
         tokens: mean over all tokens with a label, see the module `losses`.
         trainer: `eval_loss` of the Trainer: the mean over batches of their mean per token, weighted by the rows of a
             batch if rows are not packed.
+        rewards: rewards of a preference training, see the module `rewards`.
     """
 
     tokens: float | None = None
     trainer: float | None = None
+    rewards: Rewards = Rewards()
 
 
 NO_LOSSES = EvalLosses()
@@ -290,12 +300,43 @@ class LossMetric(Metric):
     scope: ClassVar[str] = "of the run"
 
     def measure(self, column: "Column", data: ScoringInput) -> ScoreRecord:
-        return ScoreRecord(value=self.score(column, data.losses), declaration=column.entry)
+        value, interval = self.score(column, data.losses), self.interval(data.losses)
+        return ScoreRecord(value=value, interval=interval, declaration=column.entry)
+
+    def interval(self, losses: EvalLosses) -> Bounds | None:
+        """95 % interval over the rows; None, because an eval loss has none."""
+        return None
 
     def score(self, column: "Column", losses: EvalLosses) -> float | None:
         """Score from the eval loss that a column takes; None if the run lacks it."""
         loss = losses.trainer if is_of_trainer(column) else losses.tokens
         return None if loss is None else self.score_loss(loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardMetric(LossMetric):
+    """Metric of held-out preference pairs, which the training measures.
+
+    Attributes:
+        is_share: the share of pairs, in percent; otherwise the margin.
+    """
+
+    is_share: bool = False
+    score_loss: Callable[[float], float] = float
+    parameters: type[Parameters] = Parameters
+
+    def score(self, column: "Column", losses: EvalLosses) -> float | None:
+        if not self.is_share:
+            return losses.rewards.margin
+        share = losses.rewards.accuracy
+        return None if share is None else 100 * share
+
+    def interval(self, losses: EvalLosses) -> Bounds | None:
+        """Wilson's 95 % interval of a share; None for a margin, or below `FEWEST` pairs."""
+        share, _, pairs = losses.rewards
+        if not self.is_share or share is None or pairs < FEWEST:
+            return None
+        return wilson(100 * share, pairs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.yamlfiles import Config
-from .metric import METRICS, BenchmarkMetric, Column, LossMetric, Parameters, RowMetric, ScoreRecord
+from .metric import METRICS, BenchmarkMetric, Column, LossMetric, Parameters, RewardMetric, RowMetric, ScoreRecord
 
 
 class BenchmarkParameters(Parameters):
@@ -61,7 +61,24 @@ PERPLEXITY = LossMetric(
     higher_is_better=False,
     score_loss=math.exp,
 )
-for _metric in (EVAL_LOSS, PERPLEXITY, BENCHMARK):
+_PAIRS = "of held-out preference pairs, under beta times the difference of log-probabilities to the reference"
+REWARD_ACCURACY = RewardMetric(
+    name="reward_accuracy",
+    label="reward accuracy",
+    hub_type="accuracy",
+    unit="%",
+    source=f"share {_PAIRS}, whose chosen answer has the higher reward",
+    is_share=True,
+)
+REWARD_MARGIN = RewardMetric(
+    name="reward_margin",
+    label="reward margin",
+    hub_type="reward margin",
+    low=-math.inf,
+    high=None,
+    source=f"mean {_PAIRS}, of the chosen answer's reward minus the rejected one's",
+)
+for _metric in (EVAL_LOSS, PERPLEXITY, REWARD_ACCURACY, REWARD_MARGIN, BENCHMARK):
     METRICS.include(_metric)
 TASK, SCORER = "benchmark:", "bertscore:"  # prefixes in --metric
 OF_TEXT_ROWS = ("bleu4", "rouge_l", "sacrebleu", "chrf", "exact_match", "bertscore_f1")

@@ -110,6 +110,9 @@ FIELDS: dict[str, Callable[[RunResult], Any]] = {
     "eval_loss": attrgetter("summary.eval_loss_per_token"),
     "eval_loss_axolotl": attrgetter("summary.eval_loss"),
     "eval_tokens": attrgetter("summary.eval_tokens"),
+    "eval_reward_accuracy": attrgetter("summary.eval_reward_accuracy"),
+    "eval_reward_margin": attrgetter("summary.eval_reward_margin"),
+    "eval_pairs": attrgetter("summary.eval_pairs"),
     "incomparable_loss": attrgetter("incomparable_loss"),
     "rows_evaluated": attrgetter("rows_evaluated"),
     "evaluation": attrgetter("changed"),
@@ -210,7 +213,7 @@ def cells(result: RunResult, columns: Mapping[str, Column]) -> Row:
         "jobs": _jobs(result),
     }
     row |= _first_cells(first, scores[first])
-    row |= _eval_losses(summary)
+    row |= _eval_losses(summary) | _rewards(summary)
     row["step"] = _progress(summary)
     for heading in further:
         row |= {heading: scores[heading].value, f"{heading}, base model": scores[heading].base_model}
@@ -294,6 +297,17 @@ def _eval_losses(summary: Summary) -> Row:
         return {"eval loss": None, FIRST_EVAL_LOSS: None, AXOLOTL_EVAL_LOSS: summary.eval_loss}
     first, last = summary.eval_loss_per_token_first, summary.eval_loss_per_token
     return {"eval loss": last, FIRST_EVAL_LOSS: first, AXOLOTL_EVAL_LOSS: None}
+
+
+def _rewards(summary: Summary) -> Row:
+    """Cells of the rewards of held-out pairs, with the interval of their accuracy."""
+    rewards = summary.eval_losses.rewards
+    bounds = registry.REWARD_ACCURACY.interval(summary.eval_losses)
+    accuracy: float | str | None = None
+    if rewards.accuracy is not None:
+        accuracy = 100 * rewards.accuracy
+    interval = "{:.1f} to {:.1f}".format(*bounds) if bounds else None
+    return {"reward accuracy, %": accuracy, "its 95 % interval": interval, "reward margin": rewards.margin}
 
 
 def _costs(summary: Summary) -> Row:

@@ -109,9 +109,9 @@ def _evaluated_alike(a: RunResult, b: RunResult, settings: set[str]) -> bool:
 
 
 def tokens(result: RunResult) -> str:
-    """Hash of the tokens behind a run's eval loss; if they are unknown, a text that no other run has."""
-    eval_tokens = result.summary.eval_tokens
-    return eval_tokens["sha256"] if eval_tokens else f"unknown in {result.folder.path}"
+    """Hash of the tokens behind a run's eval loss or rewards; if unknown, a text that no other run has."""
+    scored = result.summary.eval_tokens or result.summary.eval_pairs
+    return scored["sha256"] if scored else f"unknown in {result.folder.path}"
 
 
 def cover_same_tokens(results: Sequence[RunResult]) -> bool:
@@ -152,6 +152,9 @@ def _interval(column: Column, results: list[RunResult], scores: list[float]) -> 
     if isinstance(column.metric, LossMetric):
         if not cover_same_tokens(results):
             return None
+        bounds = column.metric.interval(results[0].summary.eval_losses)
+        if len(results) == 1 and bounds:
+            return intervals.Interval(*bounds)
         return intervals.interval_on_fixed_rows(scores, published)
     over_rows = _intervals_over_rows(name, results)
     if over_rows is None:

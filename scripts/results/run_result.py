@@ -220,7 +220,8 @@ class RunResult:
         losses = [self.columns[name] for name in self.aim.scores if isinstance(self.columns[name].metric, LossMetric)]
         if not losses:
             return None
-        if self.summary.eval_loss_per_token is None and self.summary.eval_loss is not None:
+        has_rows = self.summary.eval_tokens or self.summary.eval_pairs
+        if not has_rows and self.summary.eval_loss is not None:
             return "the scored tokens are unknown under tensor or context parallelism, and for streamed rows"
         if self._keys_of_tokens:
             return f"the eval loss may cover other tokens than the recipe's, by {', '.join(self._keys_of_tokens)}"

@@ -319,6 +319,8 @@ def summarise(metrics: list[Row]) -> Summary:
         "eval_loss": final.get("eval_loss"),
         "eval_loss_per_token_first": first.get("eval_loss_per_token"),
         "eval_loss_per_token": final.get("eval_loss_per_token"),
+        "eval_reward_accuracy": final.get("eval_reward_accuracy"),
+        "eval_reward_margin": final.get("eval_reward_margin"),
         "kept_step": newest.get("kept_step"),
         "ended": newest.get("ended"),
         "trouble": _trouble(metrics, last.get("findings", ())),

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from . import rewards
 from .run_record import EvalTokens, Piece
 
 MASKED = -100  # label of a token without loss
@@ -23,14 +24,14 @@ NAME = "eval_loss_per_token"
 _MULTIPLE = 64  # row lengths are padded to multiples of this, to limit the number of shapes
 
 
-def add_to(trainer: Any, begins: Callable[[], None], record: Callable[[EvalTokens], None]) -> None:
-    """Have a trainer call `begins` before each evaluation, and log the loss per token.
+def add_to(trainer: Any, begins: Callable[[], None], record: Callable[[str, EvalTokens], None]) -> None:
+    """Have a trainer call `begins` before each evaluation, and log the loss per token, or the rewards of pairs.
 
     The trainer logs this loss, in nats, under NAME. It measures the loss in a second pass over the unpacked rows;
     eval_runtime includes the time of this pass. Once, on the first rank, it calls `record` with the tokens behind the
-    loss. There is no loss per token under tensor or context parallelism, for streamed rows, or for rows without
-    input_ids and labels: in these cases, it is unknown which rows each rank should process, or which tokens have a
-    loss.
+    loss, and their name in metrics.jsonl. There is no loss per token under tensor or context parallelism, for streamed
+    rows, or for rows without input_ids and labels: in these cases, it is unknown which rows each rank should process,
+    or which tokens have a loss. For preference pairs, see the module `rewards`.
     """
     evaluate = trainer.evaluation_loop
     is_recorded = False
@@ -39,11 +40,18 @@ def add_to(trainer: Any, begins: Callable[[], None], record: Callable[[EvalToken
         nonlocal is_recorded
         begins()
         output = evaluate(dataloader, *arguments, **options)
-        if options.get("metric_key_prefix") == "eval" and (loss := _mean_loss(trainer, dataloader.dataset)) is not None:
-            output.metrics[NAME] = loss
-            if trainer.is_world_process_zero() and not is_recorded:
-                record(scored_tokens(dataloader.dataset))
-                is_recorded = True
+        if options.get("metric_key_prefix") != "eval":
+            return output
+        rows = dataloader.dataset
+        are_pairs = rewards.has_pairs(rows)
+        values = rewards.measured(trainer, rows) if are_pairs else _measured(trainer, rows)
+        output.metrics.update(values)
+        if values and trainer.is_world_process_zero() and not is_recorded:
+            if are_pairs:
+                record("eval_pairs", rewards.scored_pairs(rows))
+            else:
+                record("eval_tokens", scored_tokens(rows))
+            is_recorded = True
         return output
 
     trainer.evaluation_loop = evaluate_twice
@@ -87,6 +95,12 @@ def _is_measurable(trainer: Any, rows: Any) -> bool:
         return False
     columns = getattr(rows, "column_names", None) or ()
     return {"input_ids", "labels"} <= set(columns) and hasattr(rows, "__len__")
+
+
+def _measured(trainer: Any, rows: Any) -> dict[str, float]:
+    """Loss per token by its name; empty if not measurable."""
+    loss = _mean_loss(trainer, rows)
+    return {} if loss is None else {NAME: loss}
 
 
 def _mean_loss(trainer: Any, rows: Any) -> float | None:

@@ -28,8 +28,9 @@ from ..base.run_files import RunFile
 from ..base.yamlfiles import Config
 from ..config import models
 from ..config.gpus import CPU_RANKS, PARALLELISM_KEYS, parallelism_of
-from . import chat_templates, losses, model_facts, signals, trackers
+from . import chat_templates, losses, model_facts, rewards, signals, trackers
 from .checkpoints import step_of, write_manifest
+from .row_types import OF_PAIRS
 from .run_record import Ended, EvalTokens
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of ranks, set by the launcher
@@ -45,6 +46,10 @@ class RunPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Record the requested parallelism before Axolotl overwrites it; put a rehearsal's ranks on the CPU."""
         chat_templates.bound()
+        if cfg.rl in OF_PAIRS:
+            from . import preferences  # only a preference training needs it
+
+            preferences.single_bos()
         self.findings = signals.Findings()
         signals.Warnings(self.findings)
         if WORLD_SIZE > 1:
@@ -135,9 +140,9 @@ class RunPlugin(BasePlugin):
         def note_evaluation() -> None:
             _note(cfg.output_dir, phase="evaluating" if trainer.state.global_step else "first evaluation")
 
-        def note_tokens(tokens: EvalTokens) -> None:
+        def note_tokens(name: str, tokens: EvalTokens) -> None:
             steps = {"step": trainer.state.global_step, "max_steps": trainer.state.max_steps}
-            _note(cfg.output_dir, **steps, eval_tokens=tokens)
+            _note(cfg.output_dir, **steps, **{name: tokens})
 
         trainer._save_checkpoint = note_and_save
         losses.add_to(trainer, begins=note_evaluation, record=note_tokens)
@@ -160,15 +165,16 @@ class RunCallback(TrainerCallback):
 
     Phase records have time (seconds since 1970) and phase, the activity that begins. All other records have time, step
     and max_steps. Records of steps and evaluations add epoch; the trainer's loss, eval_loss, grad_norm and
-    learning_rate; eval_loss_per_token from the module `losses`; memory in GiB; GPU utilization in percent; and
-    cpu_percent (100 is one processor). Records with a loss, and the last record, add values of all steps since the
-    previous record with a loss: step_seconds (without evaluation and saving), tokens (without padding) and
-    tokens_per_second. Only the first rank writes; peak_gib_by_rank has the memory of all ranks. The first record of a
+    learning_rate; eval_loss_per_token from the module `losses`; rewards from the module `rewards`; memory in GiB; GPU
+    utilization in percent; and cpu_percent (100 is one processor). Records with a loss, and the last record, add values
+    of all steps since the previous record with a loss: step_seconds (without evaluation and saving), tokens (without
+    padding and a reference's pass) and tokens_per_second. Only the first rank writes; peak_gib_by_rank has the memory
+    of all ranks. The first record of a
     launch has parallelism, training_rows, trainable_parameters, parameters (including frozen ones) and the text of the
     first training row, in pieces. The last record has `ended` (see `run_record.Ended`), and kept_step if the trainer
-    has loaded the best checkpoint. The first evaluation of a launch adds a record with eval_tokens. Findings of a
-    training about itself are in a record with all of them so far; those of `STOP_AT` stop the training. The
-    first record of a launch with losses has `tracked`, the trackers' runs.
+    has loaded the best checkpoint. The first evaluation of a launch adds a record with eval_tokens or eval_pairs.
+    Findings of a training about itself are in a record with all of them so far; those of `STOP_AT` stop the training.
+    The first record of a launch with losses has `tracked`, the trackers' runs.
 
     SIGTERM to any rank ends training after the current step, with a checkpoint.
 
@@ -220,7 +226,7 @@ class RunCallback(TrainerCallback):
 
     def _count(self, model: torch.nn.Module, _: Any, inputs: dict[str, Any]) -> None:
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        if not model.training or ids is None:
+        if not model.training or ids is None or not torch.is_grad_enabled():  # a reference has no gradient
             return
         if mask is not None and mask.shape == ids.shape:
             self.tokens += (mask != 0).sum()
@@ -272,9 +278,12 @@ class RunCallback(TrainerCallback):
         if len(peaks) > 1:
             usage["peak_gib_by_rank"] = peaks
         record = {"epoch": state.epoch}
-        for key in ("loss", "eval_loss", losses.NAME, "grad_norm", "learning_rate"):
+        for key in ("loss", "eval_loss", losses.NAME, "grad_norm", "learning_rate", *rewards.NAMES):
             if key in logs:
                 record[key] = logs[key]
+        for key, name in rewards.TRAINED.items():
+            if key in logs:
+                record[name] = logs[key]
         if "loss" in logs:
             record |= self._measure_steps(args)
         if not self.noted_trackers:  # they start with the first entry

@@ -16,7 +16,7 @@ from ..base.processes import now, package_version
 from ..config.datafiles import DataFile
 from ..config.merging import Difference, Override, chained
 from ..data.declaration import Count, Sha256
-from ..metrics.metric import EvalLosses
+from ..metrics.metric import EvalLosses, Rewards
 from .trackers import TrackedRun
 
 VERSION = 1
@@ -30,7 +30,7 @@ Ended = Literal["complete", "early stopping", "signal", "callback", "no batch", 
 
 @with_config(extra="forbid", strict=True)
 class EvalTokens(TypedDict):
-    """Tokens behind an eval loss: their number and hash, see `losses.scored_tokens`."""
+    """Tokens behind an eval loss, or pairs behind rewards: their number and hash, see `losses.scored_tokens`."""
 
     count: Count
     sha256: Sha256
@@ -71,6 +71,9 @@ class MetricsRecord(TypedDict, total=False):
     eval_loss: float | None
     eval_loss_per_token: float | None
     eval_tokens: EvalTokens
+    eval_pairs: EvalTokens
+    eval_reward_accuracy: float | None
+    eval_reward_margin: float | None
     grad_norm: float | None
     learning_rate: float | None
     step_seconds: float | None
@@ -224,6 +227,8 @@ class Summary(BaseModel):
         eval_loss, eval_loss_first: Axolotl's eval loss, the mean of batch means.
         eval_loss_per_token, eval_loss_per_token_first: see the module `losses`.
         eval_tokens: tokens behind `eval_loss_per_token`; None without this loss.
+        eval_reward_accuracy, eval_reward_margin: share of held-out pairs, and mean, see the module `rewards`.
+        eval_pairs: pairs behind them; None without pairs.
         kept_step: step of the best checkpoint, if the trainer loaded its weights at the end; `eval_loss` and
             `eval_loss_per_token` then belong to this step.
         training_rows: number of rows after Axolotl held rows out and dropped long ones; None for streamed rows.
@@ -241,6 +246,9 @@ class Summary(BaseModel):
     eval_loss_per_token_first: float | None = None
     eval_loss_per_token: float | None = None
     eval_tokens: EvalTokens | None = None
+    eval_reward_accuracy: float | None = None
+    eval_reward_margin: float | None = None
+    eval_pairs: EvalTokens | None = None
     kept_step: int | None = None
     train_seconds: float = 0.0
     tokens_per_second: float | None = None
@@ -256,7 +264,9 @@ class Summary(BaseModel):
     @property
     def eval_losses(self) -> EvalLosses:
         """Eval losses for metrics."""
-        return EvalLosses(tokens=self.eval_loss_per_token, trainer=self.eval_loss)
+        pairs = self.eval_pairs["count"] if self.eval_pairs else 0
+        rewards = Rewards(self.eval_reward_accuracy, self.eval_reward_margin, pairs)
+        return EvalLosses(tokens=self.eval_loss_per_token, trainer=self.eval_loss, rewards=rewards)
 
 
 class RecordVersion(BaseModel):

@@ -5,9 +5,10 @@ import pytest
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import Row
 from qlora_recipes.metrics import registry
-from qlora_recipes.metrics.metric import EvalLosses, LossMetric, RowMetric, ScoringInput
+from qlora_recipes.metrics.metric import EvalLosses, LossMetric, Rewards, RowMetric, ScoringInput
 from qlora_recipes.metrics.registry import METRICS, WrongMetric
 
+LOSSES = EvalLosses(1.25, 1.5, Rewards(0.75, -0.5, 20))
 PAIRS = [("rename this variable please", "rename this variable"), ("why?", "why?"), ("a  B", "a b"), ("use it", "")]
 
 
@@ -22,7 +23,7 @@ def test_scores_are_within_the_range_that_a_metric_names(name):
         for row, score in zip(rows, metric.score_rows(PAIRS, metric.parameters()), strict=True):
             row[name] = score
             assert metric.low <= score <= (metric.high or score)
-    value = metric.measure(column, ScoringInput(rows=rows, losses=EvalLosses(1.25, 1.5))).value
+    value = metric.measure(column, ScoringInput(rows=rows, losses=LOSSES)).value
     assert value is not None
     assert metric.low <= value <= (metric.high or value)
     assert metric.source and metric.label and metric.hub_type
@@ -34,7 +35,8 @@ def test_scores_are_within_the_range_that_a_metric_names(name):
 def test_the_eval_loss_and_the_perplexity_are_of_the_run():
     record = METRICS["perplexity"].measure(registry.column("perplexity"), ScoringInput(losses=EvalLosses(0)))
     assert record.value == 1
-    assert {name for name, metric in METRICS.items() if isinstance(metric, LossMetric)} == {"eval_loss", "perplexity"}
+    of_runs = {name for name, metric in METRICS.items() if isinstance(metric, LossMetric)}
+    assert of_runs == {"eval_loss", "perplexity", "reward_accuracy", "reward_margin"}
 
 
 @pytest.mark.parametrize(
