@@ -1,4 +1,4 @@
-"""Writes the tables of docs/old-configs.md from templates/old-axolotl.yaml."""
+"""Writes the tables of docs/how/migrated-keys.md from templates/old-axolotl.yaml."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import Row
 from qlora_recipes.writing.migrate import tables
 
-PAGE = Path("docs/old-configs.md")
+PAGE = Path("docs/how/migrated-keys.md")
 HEADING = "## All changes\n"
 
 

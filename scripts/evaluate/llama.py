@@ -41,7 +41,7 @@ LEAST = 1e-6  # least probability of all unlisted tokens; the server's probabili
 MOST_KL = 0.0005
 """Maximum mean KL of a file with 16-bit weights from the merged weights, in nats.
 
-Right files had at most 0.0001. The smallest fault, after 8 steps of training, had 0.0013 (docs/laptop.md).
+Right files had at most 0.0001. The smallest fault, after 8 steps of training, had 0.0013 (docs/how/gguf.md).
 """
 
 

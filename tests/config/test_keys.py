@@ -17,7 +17,7 @@ from qlora_recipes.check.rule import Case
 from qlora_recipes.config import keys
 from qlora_recipes.config.compose import Request
 
-TRUST = (Path(__file__).parents[2] / "docs/trust.md").read_text()
+PATHS = (Path(__file__).parents[2] / "docs/how/paths.md").read_text()
 CALLED_SO = re.compile(r"(.*[._])?(dir|paths?|files?|outfile|datasets?|tasks|host|url|uri|id|entity|workspace|hub)")
 """Names that look like those of paths, hosts and accounts."""
 IDS = {"comet_experiment_key", "wandb_run_id", "hatchery.project_id"}  # of a run or a project
@@ -154,8 +154,8 @@ def test_kinds_of_data_sets():
 
 
 def kinds_in_the_docs() -> dict[str, set[str]]:
-    """Keys of each row of the table in docs/trust.md, by the kind in its first cell."""
-    rows = [row.strip("|").split("|") for row in TRUST.partition("## Paths, hosts")[2].splitlines() if row[:1] == "|"]
+    """Keys of each row of the table in docs/how/paths.md, by the kind in its first cell."""
+    rows = [row.strip("|").split("|") for row in PATHS.splitlines() if row[:1] == "|"]
     return {row[0].strip(): set(re.findall("`([^`]+)`", row[1])) for row in rows[2:]}
 
 

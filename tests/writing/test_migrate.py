@@ -889,7 +889,7 @@ def test_tables_name_keys_that_axolotl_has():
 
 
 def test_the_page_has_the_present_tables():
-    page = Path("docs/old-configs.md").read_text(encoding="utf-8")
+    page = Path("docs/how/migrated-keys.md").read_text(encoding="utf-8")
     assert old_configs.page(page) == page
 
 
