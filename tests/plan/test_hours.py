@@ -26,15 +26,23 @@ def test_each_recipe_has_hours_and_the_published_ones_are_those_of_its_log(built
                 assert hours[name] == {"hours": expected, "hours_are": "published"}, REMEDY
 
 
-def test_the_readme_shows_the_shortest_training_of_each_study(built_in):
+MARKS = {"published": "published", "planned": "estimated", "planned, at most": "estimated, full rows"}
+"""Marks of hours in the README, from the surest to the least sure."""
+
+
+def test_the_readme_shows_the_hours_of_each_study_and_of_its_cheapest_verdict(built_in):
     cells = {}
     for line in (paths.RECIPES.parent / "README.md").read_text().splitlines():
         if line.startswith("| `"):
-            cells[line.split("`")[1]] = line.rstrip(" |").rpartition(" | ")[2]
-    for study in paths.studies():
-        hours = [hours for name, hours in built_in["recipes"].items() if name.startswith(f"{study.name}/")]
-        shortest = min((row["hours"], row["hours_are"]) for row in hours)
-        assert cells[study.name] == "{}, {}".format(*shortest)
+            cells[line.split("`")[1]] = line.rstrip(" |").split(" | ")[-2:]
+    expected = {}
+    for folder in paths.studies():
+        rows = [built_in["recipes"][name] for name in studies.load(folder).published]
+        cheapest = min(rows, key=lambda row: row["hours"])
+        mark = max((MARKS[row["hours_are"]] for row in rows), key=[*MARKS.values()].index)
+        total = sum(row["hours"] for row in rows)
+        expected[folder.name] = [f"{cheapest['hours']}, {MARKS[cheapest['hours_are']]}", f"{total:.3g}, {mark}"]
+    assert cells == expected
 
 
 def test_list_names_the_cheapest_run_with_a_verdict(recipe, built_in):
