@@ -63,7 +63,7 @@ def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores
     texts = [
         recipe("results").stdout,
         card.card(member, False, None),
-        str(report_runs.scores([member], report_runs.headings([member]))),
+        str(report_runs.scores([member], report_runs.headings([member]), details=True)),
     ]
     assert [any(score in text for score in ("5.02", "4.28", "5.47")) for text in texts] == [same] * len(texts)
 
