@@ -124,15 +124,14 @@ class RenderedRows:
 
     def add_pair(self, place: Place, row: Row, chosen: Tokens, rejected: Tokens) -> None:
         """Compare a preference pair with the tokens of its prompt and each answer."""
-        self._compare_text(place, row, self._decoded(chosen.ids) + self._decoded(rejected.ids))
+        answer, _ = rejected.last_part()
+        self._compare_text(place, row, self._decoded(chosen.ids) + self._decoded(rejected.ids[answer:]))
         self._compare_bos(place, chosen)
         if len(self.first) < _DATED:
             self.first.append((row, chosen))
         for tokens in (chosen, rejected):
             start, end = tokens.last_part()
             self._compare_end(place, tokens, start, end)
-            if end > self.tokenizer.cfg.sequence_len:  # TRL truncates what Axolotl has not dropped
-                self.faults.note("end-cut", "", *place)
 
     def add_pieces(self, tokenized: Sequence[Tokens]) -> None:
         """Compare the pieces of rows that Axolotl divides; only the last piece of a row has an end."""

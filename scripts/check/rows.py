@@ -262,9 +262,9 @@ class _Reader:
         for name in row:
             if name not in self.type.names and len(self.unread) < Faults.MOST_SUBJECTS:
                 self.unread.add(name)
-        self._check_text(file, number, self.type.content_of(row))
-        if isinstance(self.type, Pairs):
+        if isinstance(self.type, Pairs):  # before the row itself is remembered, whose answers can be equal
             self._check_order(file, number, self.type.content_of(self.type.swapped(row)))
+        self._check_text(file, number, self.type.content_of(row))
 
     def _check_order(self, file: _File, number: int, swapped: str) -> None:
         """Find a pair whose answers are those of an earlier training pair, swapped."""

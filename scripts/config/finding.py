@@ -97,9 +97,11 @@ class FaultyRows:
 
     Attributes:
         first: file, line and example of each of the first rows.
+        last: file and line of the last row.
     """
 
     count: int = 0
+    last: tuple[str, int] | None = None
     first: list[tuple[str, int, str]] = field(default_factory=list)
 
     @property
@@ -126,10 +128,13 @@ class Faults(dict[tuple[str, str], FaultyRows]):
     MOST_SUBJECTS = 100
 
     def note(self, rule: str, about: str, file: str, line: int, example: str = "") -> None:
-        """Count a faulty row; beyond `MOST_SUBJECTS`, subjects are counted together."""
+        """Count a faulty row, once; beyond `MOST_SUBJECTS`, subjects are counted together."""
         if len(self) >= self.MOST_SUBJECTS and (rule, about) not in self:
             about = "…"
         rows = self.setdefault((rule, about), FaultyRows())
+        if rows.last == (file, line):  # another message or answer of this row
+            return
+        rows.last = (file, line)
         rows.count += 1
         if len(rows.first) < self.MOST_ROWS:
             rows.first.append((file, line, example))

@@ -169,6 +169,42 @@ def test_a_cut_answer_is_told_from_a_lost_one(place, models):
     ]
 
 
+PAIRS = [
+    {
+        "prompt": f"How many are {number} and one?",
+        "chosen": f"{number + 1}",
+        "rejected": f"{number}, as far as I can see",
+    }
+    for number in range(4)
+]
+AS_TEXT = {
+    "field_prompt": "prompt",
+    "prompt_format": "{prompt}\n",
+    "chosen_format": "{chosen}",
+    "rejected_format": "{rejected}",
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "expected"),
+    [
+        (PAIRS, {}, []),  # a prompt is in the text of both answers
+        (
+            PAIRS,
+            {"sequence_len": 16, "excess_length_strategy": "truncate"},
+            [
+                "4 of 4 rows exceed sequence_len, 16: truncated",
+                "4 rows (lines 1, 2, 3, 4) lose the end of the answer, because sequence_len truncates them",
+            ],
+        ),
+    ],
+    ids=["sound", "truncated"],
+)
+def test_the_tokens_of_pairs_are_compared(place, models, rows, settings, expected):
+    findings = findings_of(models["llama3"], rows, {"rl": "dpo"} | settings, {"type": AS_TEXT})
+    assert [finding.problem for finding in findings] == expected
+
+
 @pytest.mark.parametrize("case", PLANTED.values(), ids=PLANTED)
 def test_a_planted_mistake_is_found(place, models, case):
     family, rows, settings, dataset, expected = case

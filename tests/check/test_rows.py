@@ -103,6 +103,11 @@ OF_PAIRS = [
         "[equal-answers:KEY]",
     ),
     (
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+        "error: KEY: 1 row: chosen and rejected are equal, so that the pair has no gradient; drop these rows "
+        "[equal-answers:KEY]",
+    ),
+    (
         {"prompt": "Why?", "chosen": "No.", "rejected": "So."},
         "warning: KEY: 1 row: an earlier pair prefers the other answer (train.jsonl:1); swap the answers, or drop "
         "these rows [swapped-pair:KEY]",
