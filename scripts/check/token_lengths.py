@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import batched, chain, islice
+from typing import TYPE_CHECKING
 
 import numpy
 
@@ -16,11 +17,13 @@ from ..config.finding import LEAKED, NO_BATCH, Faults, Finding
 from ..config.training_settings import TrainingSettings
 from ..data.raw_rows import parquet_batches
 from ..training.losses import pieces
-from ..training.preferences import PairIds
 from ..training.row_types import OF_PAIRS, row_type
 from ..training.tokens import Tokenizer, Tokens, count_packed, padding, unknown_roles
 from .rendered_rows import RenderedRows
 from .rows import LEAKED_ROWS, Place, Wording, example, lines_of, readable
+
+if TYPE_CHECKING:
+    from ..training.preferences import PairIds
 
 _MOST_REFUSED = 20  # rows of a data set that Axolotl cannot tokenize; finding each takes ten calls or more
 
@@ -63,7 +66,7 @@ def by_token(content: Config, count: int) -> list[Row]:
     return rows
 
 
-def _answers(pair: PairIds) -> dict[str, Tokens]:
+def _answers(pair: "PairIds") -> dict[str, Tokens]:
     """Tokens of each answer of a pair, behind the prompt."""
     answers = {"chosen": pair.chosen, "rejected": pair.rejected}
     return {name: Tokens.answered(pair.prompt, ids) for name, ids in answers.items()}
@@ -194,7 +197,7 @@ class _TokenizedSet:
                 return
         self.refused += 1
         place, row = rows[middle]
-        for mistake in row_type(self.dataset.entry).mistakes(row):  # says more than a tokenizer's error
+        for mistake in self.rendered.kind.mistakes(row):  # says more than a tokenizer's error
             if mistake.rule == "bad-row":
                 problem = mistake.about
         self.faults.note("refused-row", problem, *place)

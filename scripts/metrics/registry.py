@@ -94,19 +94,8 @@ _TAKEN = (
     *("rows", "intervals", "metrics", "notes", "empty", "repeated", "bertscore"),
     *("row", "idx", "lang", "group", "reference", "prediction", "prompt", "prompt_token_ids", "database"),
     *("run", "recipe", "variant_of", "study", "state", "jobs", "step", "steps", "ended", "verdict", "differs", "open"),
-    *(
-        "database_sql",
-        "rehearsal",
-        "test_set",
-        "rows_evaluated",
-        "memory",
-        "time",
-        "trial",
-        "settings",
-        "runs",
-        "states",
-        "seeds",
-    ),
+    *("rehearsal", "test_set", "rows_evaluated", "memory", "time", "trial", "settings", "runs", "states", "seeds"),
+    "database_sql",
 )
 """Keys with another meaning in predictions.jsonl and `--json` outputs."""
 

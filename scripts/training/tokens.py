@@ -16,7 +16,7 @@ from datetime import datetime, tzinfo
 from itertools import batched, chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy
@@ -44,11 +44,13 @@ from ..base.yamlfiles import Config
 from ..config import datafiles
 from ..config.datafiles import DatasetRef
 from ..config.training_settings import TrainingSettings
-from . import chat_templates, preferences
+from . import chat_templates
 from .losses import MASKED
-from .preferences import PairIds
 from .row_types import Chat, RowType, row_type
 from .validation import validated
+
+if TYPE_CHECKING:
+    from .preferences import PairIds
 
 disable_progress_bar()
 chat_templates.bound()
@@ -175,8 +177,10 @@ class Tokenizer:
         longest = self.cfg.sequence_len if pieces else _NO_LIMIT
         return tokenize(dataset.key, self.cfg, entry, self.tokenizer, rows, longest)
 
-    def pairs(self, dataset: DatasetRef, rows: Sequence[Row]) -> list[PairIds]:
+    def pairs(self, dataset: DatasetRef, rows: Sequence[Row]) -> "list[PairIds]":
         """Tokenize preference pairs of a data set, without cutting long ones."""
+        from . import preferences  # TRL's trainer, which only pairs need
+
         return preferences.tokenize(self.cfg, dataset, self.tokenizer, rows)
 
     def chat_strategy(self, dataset: DatasetRef) -> Any:
