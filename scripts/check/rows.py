@@ -25,8 +25,8 @@ def check_rows(
 ) -> tuple[list[Finding], list[Row]]:
     """Find mistakes in local JSONL rows; also return each data set's size.
 
-    Each file is streamed once. A hash of each row (some 100 bytes) stays in memory, to find rows that repeat within
-    the training data, or that the evaluation data and test.jsonl beside it share with the training data.
+    Each file is streamed once. A hash of each row (some 100 bytes) stays in memory. It finds rows that repeat, and
+    training rows that are also in the evaluation data or in test.jsonl beside it.
 
     Args:
         config: a config without the values that break the schema.

@@ -1,11 +1,10 @@
 """Precision, attention, kernels and determinism of training: Axolotl's choices, and GPU support.
 
-Axolotl's key full_determinism covers all but one source of randomness. It calls transformers' enable_full_determinism
-before the model is loaded, and again in the trainer. That function seeds every generator, makes torch use deterministic
-algorithms or raise an error, fixes cuBLAS workspaces, turns off cuDNN's search for the fastest kernel, and selects
-FlashAttention's deterministic backward pass. torch's switch for deterministic algorithms also covers its SDPA kernels,
-NCCL's reductions and code from torch.compile. The exception is the order of Python sets of strings, such as
-target_modules in PEFT's adapter_config.json. PYTHONHASHSEED fixes this order, but must be set before a process starts.
+Axolotl's key full_determinism calls transformers' enable_full_determinism before the model is loaded, and again in the
+trainer. It covers generators, torch's kernels (SDPA, NCCL's reductions and torch.compile too), cuBLAS workspaces,
+cuDNN's search for the fastest kernel, and FlashAttention's backward pass. It does not cover the order of Python sets of
+strings, such as target_modules in PEFT's adapter_config.json. PYTHONHASHSEED fixes this order, but must be set before a
+process starts.
 
 bitsandbytes has no switch for determinism. QLoRA does not need one: the kernels for 4-bit weights and AdamW treat each
 element or block separately. bitsandbytes' LAMB and LARS sum norms in an order that varies.
@@ -100,9 +99,12 @@ def attention(config: Config) -> str:
 def takes_varlen(config: Config, model: Config) -> bool:
     """True if Axolotl, on a GPU, replaces sdpa by torch's varlen_attn for packed rows.
 
-    With sdpa, packed rows need a mask. Axolotl keeps sdpa in fp32 or if sdpa_varlen is false. It also keeps sdpa if the
-    model has a sliding window, heads wider than 256, or value heads of a different width (loaders/patch_manager.py,
-    _apply_sdpa_varlen_patch), or a custom scale or attention dropout (monkeypatch/attention/sdpa_varlen.py).
+    With sdpa, packed rows need a mask. Axolotl keeps sdpa:
+
+    - in fp32, or if sdpa_varlen is false;
+    - for a model with a sliding window, heads wider than 256, or value heads of a different width
+      (loaders/patch_manager.py, _apply_sdpa_varlen_patch);
+    - for a model with a custom scale or attention dropout (monkeypatch/attention/sdpa_varlen.py).
 
     Args:
         config: the config.

@@ -51,8 +51,8 @@ def require(columns: Mapping[str, Column], offline: bool = False, force: Sequenc
 def valid_benchmarks(requested: Mapping[str, Column], former: Scores, limit: int | None) -> dict[str, Benchmark]:
     """Return the benchmark results among earlier scores that are still valid.
 
-    A result is dropped if its column is now requested with different parameters or a different limit, or for a task in
-    a YAML file, which can have changed.
+    A result is dropped if its parameters or its limit differ from those requested now. Results of a task in a YAML file
+    are always dropped, because the file can have changed.
     """
     valid = {}
     for name, column in former.columns.items():
@@ -317,10 +317,10 @@ def _standard_error(errors: Sequence[Any]) -> float | None:
 
 @cache
 def secure_harness() -> None:
-    """Have the harness read task files as plain YAML, and bound their templates, in a sandbox, and their patterns.
+    """Make the harness read task files as plain YAML, in a sandbox with bounds.
 
-    By itself, it creates any Python object that a file names, even in files that it only lists, and its templates can
-    call any function of Python.
+    By itself, it creates any Python object that a task file names, also in files that it only lists. Its templates can
+    call any function of Python. So templates run in a sandbox, and templates and patterns have bounds.
     """
     import yaml
     from jinja2 import BaseLoader, StrictUndefined

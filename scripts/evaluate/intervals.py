@@ -160,10 +160,9 @@ def interval_of_mean(
 ) -> Interval | None:
     """95 % interval of the mean score of repeated runs; None if the spread over rows is unknown.
 
-    Several runs with row scores make a two-way layout. Without row scores, or where these do not tell the variance of
-    rows, the interval comes from the spread of the runs and the widest of their intervals over rows, so it is not
-    narrower than that of one run. The residual e_ij then counts twice, so the interval is somewhat too wide. The same
-    holds for a single run that borrows the spread of published repeats, if there are any.
+    Several runs with row scores make a two-way layout. Otherwise the interval adds two variances: the spread of the
+    runs (or of published repeats, for a single run), and the widest of their intervals over rows. It is never narrower
+    than that of one run, and somewhat too wide, because the residual e_ij counts twice.
 
     Args:
         scores: score of each run.

@@ -184,8 +184,8 @@ class TransformersEngine(Engine):
     def merge(self) -> None:
         """Replace base model and adapter by the merged weights that `axolotl merge-lora` writes.
 
-        In fp32, it adds the adapter to the base model's weights, after a round trip through 4 bits if the run trained
-        with 4-bit weights, and rounds the sums to the dtype of the base model's files.
+        The adapter is added in fp32, and the sums are rounded to the dtype of the base model's files. If the run
+        trained with 4-bit weights, the base model's weights are first rounded to 4 bits.
         """
         self.free()
         quantization = self.prompter.quantization if self.settings.adapter_sha256 else None

@@ -1,7 +1,7 @@
 """Run SQL queries and compare their results, under limits of time, memory and files.
 
-A process of its own, which reads a `Query` as JSON on each line of stdin, and answers with the result of `judge` on a
-line of stdout. A limit may end the process, so that it must start fast. Models' queries run only here.
+Models' queries run only in this process. Each line of stdin is a `Query` as JSON, and each line of stdout its verdict.
+A limit can end the process, so it must start fast.
 """
 
 import json

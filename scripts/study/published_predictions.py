@@ -20,9 +20,8 @@ def scores(study: Study, published: Baseline, models: ScorerModels) -> list[Row]
         models: scorer models by column name.
 
     Returns:
-        A row for each metric: `metric`, `score`, `published`, `agrees` (True if the `difference` is at most `margin` of
-        the published score), the 95 % interval `low` and `high`, `rows`, `test_set`, and `difference`. A terminal shows
-        as many of these columns as it has room for.
+        A row for each metric, with `low` and `high` of the 95 % interval. `agrees` is True if the `difference` is at
+        most the `margin` of the published score.
 
     Raises:
         UserError: a file is damaged, or its rows are not those of the test set.
