@@ -213,8 +213,25 @@ def duplicates(file: Path) -> list[str]:
     return _last_values(_whole_text(file), file)[1]
 
 
-_REST = re.compile(r"(:\s*\*[^\s,]+)?,?([ \t]*#.*)?")
-"""Rest of an entry: an alias as its value, a comma within braces, a comment."""
+_REST = re.compile(r",?([ \t]*#.*)?")
+"""Rest of an entry: a comma within braces, a comment."""
+
+
+def _without_aliases(text: str, entries: list[tuple[str, Any, Any]]) -> str:
+    """YAML text with values in place of their aliases, whose anchors can be in an entry that goes."""
+    nodes: dict[int, Any] = {}
+    for _, name, value in entries:
+        nodes |= {name.start_mark.index: name, value.start_mark.index: value}
+    anchors: dict[str, Any] = {}
+    aliases = []
+    for token in yaml.scan(text, _Loader):
+        if isinstance(token, yaml.AnchorToken):
+            anchors[token.value] = nodes.get(token.start_mark.index)  # None behind a tag
+        elif isinstance(token, yaml.AliasToken) and anchors[token.value]:
+            aliases.append((token.start_mark.index, token.end_mark.index, anchors[token.value]))
+    for start, end, node in reversed(aliases):
+        text = text[:start] + write_flow(yaml.CSafeLoader("").construct_document(node)) + text[end:]
+    return text
 
 
 @lru_cache(maxsize=8)
@@ -223,6 +240,9 @@ def _last_values(text: str, file: Path) -> tuple[str, list[str]]:
     try:
         require_small(text, file)
         entries = list(_entries(_composed(text)))
+        if len({key for key, _, _ in entries}) < len(entries):
+            text = _without_aliases(text, entries)
+            entries = list(_entries(_composed(text)))
     except yaml.YAMLError:  # `parse` reports it
         return text, []
     last = {key: (name, value) for key, name, value in entries}
@@ -232,8 +252,7 @@ def _last_values(text: str, file: Path) -> tuple[str, list[str]]:
         start = name.start_mark
         if last[key][0] is name or start.index < end or name.tag == _MERGE:
             continue
-        end = max(name.end_mark.index, value.end_mark.index)  # an alias ends at its anchor
-        end = next(_REST.finditer(text, end)).end()
+        end = next(_REST.finditer(text, value.end_mark.index)).end()
         text = text[: start.index] + re.sub(".", " ", text[start.index : end]) + text[end:]
         values = [without_secrets(yaml.CSafeLoader("").construct_document(node), key) for node in (value, last[key][1])]
         if values[0] != values[1]:

@@ -179,3 +179,18 @@ def test_the_last_value_of_a_key_counts_and_both_are_listed_if_they_differ(tmp_p
     lines = recipe_text(file).splitlines()
     assert lines[18] == "lora_r: 32"  # at its line
     assert len(lines) == TWICE.count("\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        pytest.param("a: &x {q: 1}\na: 2\nb: *x", {"a": 2, "b": {"q": 1}}, id="mapping"),
+        pytest.param("a: &x\n- &y 3\n- *y\na: 2\nb: [*x, *y]", {"a": 2, "b": [[3, 3], 3]}, id="nested"),
+        pytest.param("a: &x {q: 1}\na: 2\nb: {<<: *x, r: 1}", {"a": 2, "b": {"q": 1, "r": 1}}, id="merged"),
+        pytest.param("&x a: 1\na: 2\nb: *x", {"a": 2, "b": "a"}, id="key"),
+    ],
+)
+def test_an_anchor_in_a_former_value_keeps_its_meaning(tmp_path, text, values):
+    file = tmp_path / "theirs.yaml"
+    file.write_text(text)
+    assert read_recipe(file) == values
