@@ -29,6 +29,7 @@ from ..config.merging import Override, Source
 from ..config.numerics import attention
 from ..config.origin import header_of
 from ..config.training_settings import TrainingSettings
+from ..data.raw_rows import RawFile
 
 TABLES = paths.TEMPLATES / "old-axolotl.yaml"
 _NO_SIGN = "no key of an older release"
@@ -38,6 +39,7 @@ _LAST_WITH_SHAREGPT = Version("0.4.1")
 _OF_SHAREGPT = ("conversation", "strict", "field_human", "field_model")
 """Keys of a data set that only type sharegpt reads."""
 _OF_ROLES = {"user": "field_human", "assistant": "field_model"}
+_ROWS = (".jsonl", ".json", ".parquet")
 _EVALUATION = ("evals_per_epoch", "eval_steps", "eval_strategy")
 
 
@@ -331,6 +333,8 @@ class Migration:
             self.refuse(f"{dataset.key}.type", problem, "use type: chat_template with a template of your own")
             return
         updated = entry | deepcopy(rows) | entry | {"type": "chat_template", "chat_template": "jinja"}
+        if not loader:
+            updated["message_property_mappings"] = updated["message_property_mappings"] | _message_keys(updated)
         for role, key in _OF_ROLES.items():
             if updated.get(key):
                 updated["roles"] = updated["roles"] | {role: [entry[key]]}
@@ -466,6 +470,19 @@ class Migration:
             if keys.affects(key) != "run":
                 migrated.append(MigratedOverride(key, self.config.get(key), place=self.old.place(key)))
         return migrated
+
+
+def _message_keys(entry: Config) -> dict[str, str]:
+    """Keys of messages by the first one on this machine, which decided (ef22351: prompt_strategies/sharegpt.py:123)."""
+    files = [file for file in datafiles.present_files(entry) if file.suffix in _ROWS]
+    if not files:
+        return {}
+    first = merging.value_at(next(RawFile(*files).rows(), {}), f"{entry['field_messages']}.0") or {}
+    keys = {}
+    for key, name in (("role", "role"), ("content", "content"), ("text", "content")):
+        if key in first:
+            keys[name] = key
+    return keys
 
 
 def _default_text(default: Config) -> str:

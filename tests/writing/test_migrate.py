@@ -299,6 +299,20 @@ def test_rope_of_a_model_that_is_not_here_stays_for_the_check(place):
     assert changed("rope_scaling: {type: linear, factor: 2.0}", "0.21.0")["overrides_of_model_config"] == overrides
 
 
+@pytest.mark.parametrize(
+    ("message", "keys"),
+    [
+        pytest.param({"role": "user", "content": "a"}, {"role": "role", "content": "content"}, id="role-and-content"),
+        pytest.param({"from": "human", "text": "a", "content": ""}, {"role": "from", "content": "text"}, id="text"),
+        pytest.param({"from": "human", "value": "a"}, {"role": "from", "content": "value"}, id="from-and-value"),
+    ],
+)
+def test_the_first_message_of_sharegpt_names_the_keys(place, message, keys):
+    (place / "rows.jsonl").write_text(json.dumps({"messages": [message]}) + "\nnot read\n")
+    text = "datasets: [{path: rows.jsonl, type: sharegpt, field_messages: messages}]"
+    assert changed(text, "0.21.0")["datasets"][0]["message_property_mappings"] == keys
+
+
 def test_defaults_of_optimizer_and_precision_are_stated():
     assert changed("lora_r: 8", "0.4.0") == {"optimizer": "adamw_torch", "tf32": False, "bf16": False}
 
