@@ -276,6 +276,8 @@ class Migration:
                 self.set(key, None, f"{new} is set, too, and decides")
             else:
                 self.replace(KeyChange(key, value, new, change.get("value", value), change["why"]))
+                for name, text in change.get("also", {}).items():
+                    self.set(name, text, change["why"])
 
     def update_rope(self) -> None:
         """Turn overrides of RoPE into rope_parameters, to which transformers 5 adds nothing (seen: KeyError)."""

@@ -492,6 +492,16 @@ def test_a_conversation_has_the_text_of_its_release(name, chat, expected):
     assert environment.from_string(template).render(messages=turns, bos_token="<s>", eos_token="</s>") == expected
 
 
+def test_chat_template_inst_has_the_text_of_its_release():
+    config = changed("chat_template: inst", "0.4.0")
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(config["chat_template_jinja"])
+    messages = [{"role": role, "content": role[0]} for role in ("user", "assistant") * 2]
+    expected = "<s>[INST] u [/INST]a</s>[INST] u [/INST]a</s>"  # written by the code of 0.4.0
+    assert template.render(messages=messages, bos_token="<s>", eos_token="</s>") == expected
+    assert config["chat_template"] == "jinja"
+
+
 @pytest.mark.parametrize(
     ("family", "text", "trained"),
     [
