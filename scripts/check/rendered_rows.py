@@ -51,7 +51,7 @@ _WORDING = {
     "other-prompt": Wording("warning", "{n}: training and generation prompt differ", ""),
     "end-masked": Wording("warning", "{n} with {about} whose end is not learnt", "inspect rows with --show-tokens"),
     "repeated-text": Wording("warning", "{n}: the training text repeats text of {about}", "correct the template"),
-    "end-cut": Wording("warning", "{n} lose {about} the answer, because sequence_len truncates them", ""),
+    "end-cut": Wording("warning", "{n}: sequence_len truncates {about} the answer", ""),
 }
 
 
@@ -267,7 +267,7 @@ class RenderedRows:
         if self.unread:
             problem = f"fields of messages that nothing reads: {', '.join(sorted(self.unread))}"
             yield Finding("note", "unread-field", key, problem)
-        if isinstance(self.kind, Chat | Pairs):
+        if self.first and isinstance(self.kind, Chat | Pairs):
             yield from self._date_findings()
 
     def _end_findings(self) -> Iterator[Finding]:

@@ -164,8 +164,8 @@ def test_a_cut_answer_is_told_from_a_lost_one(place, models):
     rows = [LONG_ANSWER, LONG_PROMPT, *CHATS]
     problems = [finding.problem for finding in findings_of(models["llama3"], rows, TRUNCATE, {}) if finding.line]
     assert problems == [
-        "1 row lose the end of the answer, because sequence_len truncates them",
-        "1 row lose all of the answer, because sequence_len truncates them",
+        "1 row: sequence_len truncates the end of the answer",
+        "1 row: sequence_len truncates all of the answer",
     ]
 
 
@@ -189,16 +189,17 @@ AS_TEXT = {
     ("rows", "settings", "expected"),
     [
         (PAIRS, {}, []),  # a prompt is in the text of both answers
+        ([{"answer": "Two."}], {}, []),  # `check_rows` reports such rows
         (
             PAIRS,
             {"sequence_len": 16, "excess_length_strategy": "truncate"},
             [
                 "4 of 4 rows exceed sequence_len, 16: truncated",
-                "4 rows (lines 1, 2, 3, 4) lose the end of the answer, because sequence_len truncates them",
+                "4 rows (lines 1, 2, 3, 4): sequence_len truncates the end of the answer",
             ],
         ),
     ],
-    ids=["sound", "truncated"],
+    ids=["sound", "unreadable", "truncated"],
 )
 def test_the_tokens_of_pairs_are_compared(place, models, rows, settings, expected):
     findings = findings_of(models["llama3"], rows, {"rl": "dpo"} | settings, {"type": AS_TEXT})
