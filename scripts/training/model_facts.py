@@ -14,8 +14,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 
 from ..base.yamlfiles import Config
+from ..config import models
 from ..config.finding import MODEL
-from ..config.models import TRAINABLE
 from ..config.numerics import precision
 from .signals import Findings
 
@@ -30,6 +30,13 @@ _KEYS = {  # attributes of PEFT's config, and Axolotl's keys for them
     "layers_to_transform": "peft_layers_to_transform",
     "target_modules": "lora_target_modules",
     "modules_to_save": "lora_modules_to_save",
+}
+_NAMED = {  # keys with names of modules, which PEFT ignores if no module matches; expression with a name
+    "lora_target_modules": r"(.*\.)?({})",
+    "lora_modules_to_save": r"(.*\.)?({})",
+    "lora_rank_pattern": r"(.*\.)?({})",
+    "lora_alpha_pattern": r"(.*\.)?({})",
+    "peft_layers_to_transform": r".*\.{}\..*",
 }
 _QUANTIZED = {"load_in_4bit": "Linear4bit", "load_in_8bit": "Linear8bitLt"}  # classes of bitsandbytes
 _SHOWN = 3
@@ -86,10 +93,26 @@ def facts(config: Config, model: Any, tokenizer: Any, rows: int) -> Iterator[Fac
     for name, parameter in model.named_parameters():
         is_added = re.search(r"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\.", name)
         yield Fact("adapter", name, _trained(is_added), _trained(parameter.requires_grad))
+    yield from _matches(config, [name for name, _ in model.get_base_model().named_modules()])
     yield from _precision(config, model)
     yield from _embeddings(model, tokenizer, rows)
     if config.get("lora_model_dir"):
+        trained_on = str(model.peft_config["default"].base_model_name_or_path)
+        yield from _base_of_adapter(config["base_model"], trained_on)
         yield from _loaded(load_peft_weights(config["lora_model_dir"], "cpu"), model)
+
+
+def _matches(config: Config, modules: list[str]) -> Iterator[Fact]:
+    """Modules for each name in the config; PEFT refuses a text as target that matches none."""
+    for key, pattern in _NAMED.items():
+        names = config.get(key)
+        if isinstance(names, list):
+            names = [re.escape(str(name)) for name in names]
+        elif not isinstance(names, dict):
+            continue
+        for name in names:
+            is_found = any(re.fullmatch(pattern.format(name), module) for module in modules)
+            yield Fact(key, name, "in the model", "in the model" if is_found else "missing")
 
 
 def _adds_all_linear(config: Config) -> bool:
@@ -110,14 +133,17 @@ def _precision(config: Config, model: Any) -> Iterator[Fact]:
     """Class and dtype of the frozen layers below the adapter."""
     dtype = getattr(torch, precision(config, torch.cuda.is_available()).weights)
     for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, LoraLayer) or name.endswith(TRAINABLE):
+        if not isinstance(layer, LoraLayer) or name.endswith(models.TRAINABLE):
             continue
         base = layer.get_base_layer()
         if not hasattr(base, "weight"):  # experts, or quantized by another library
             continue
+        layer_class = type(base).__name__
         for key, quantized in _QUANTIZED.items():
             if config.get(key):
-                yield Fact(key, name, quantized, type(base).__name__)
+                yield Fact(key, name, quantized, layer_class)
+            elif layer_class == quantized:
+                yield Fact(key, name, "16 bits", layer_class)
         if not config.get("load_in_8bit"):
             yield Fact("bf16", name, dtype, getattr(base, "compute_dtype", base.weight.dtype))
 
@@ -130,6 +156,12 @@ def _embeddings(model: Any, tokenizer: Any, rows: int) -> Iterator[Fact]:
         yield Fact("special_tokens", f"the embedding of the tokens from {rows}", _trained(True), _trained(is_trained))
     is_tied = bool(model.config.get_text_config().tie_word_embeddings)
     yield Fact("lora_modules_to_save", "tying of embedding and head", is_tied, head.weight is embedding.weight)
+
+
+def _base_of_adapter(name: str, trained_on: str) -> Iterator[Fact]:
+    """Base model of the adapter from which the training starts; a path says nothing about its model."""
+    if not (models.is_path(name) or models.is_path(trained_on)):
+        yield Fact("lora_model_dir", "the adapter's base model", models.original(name), models.original(trained_on))
 
 
 def _loaded(saved: dict[str, Any], model: Any) -> Iterator[Fact]:

@@ -11,9 +11,10 @@ from conftest import config_with
 from peft import LoraConfig, get_peft_model
 from random_models import save_tiny_llama
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.files import read_json, write_json
 from qlora_recipes.run.rundir import PLUGIN
 from qlora_recipes.training import model_facts
 from qlora_recipes.training.signals import Findings
@@ -63,6 +64,21 @@ def tied(folder: Path) -> yamlfiles.Config:
     return {}
 
 
+def of_another_model(folder: Path) -> yamlfiles.Config:
+    """An adapter that loads without a complaint, because the models have the same sizes."""
+    file = adapter(folder) / "adapter_config.json"
+    write_json(file, read_json(file) | {"base_model_name_or_path": "somebody/else"})
+    return {"lora_model_dir": str(file.parent), "base_model": f"{folder.name}/tiny"}
+
+
+def in_4_bits(folder: Path) -> yamlfiles.Config:
+    """The base model as it is published for QLoRA."""
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder / "tiny", quantization_config=settings)
+    model.save_pretrained(folder / "tiny")
+    return {}
+
+
 def problems(findings: Findings) -> dict[str, str]:
     return {finding["key"]: finding["problem"].removeprefix("in the loaded model, ") for finding in findings.values()}
 
@@ -76,6 +92,8 @@ UNMATCHED = [
 ]
 LAYER = "base_model.model.model.layers.*.self_attn"
 FROZEN = [f"{LAYER}.{name}.default.weight is frozen" for name in ("q_proj.lora_A", "q_proj.lora_B", "k_proj.lora_A")]
+MISSING = "{} is missing, not in the model"
+IN_4_BITS = [f"{Q_4_BITS.replace('q_proj', name)} is Linear4bit" for name in ("q_proj", "k_proj", "v_proj")]
 NAMES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
 
 
@@ -142,9 +160,29 @@ NAMES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
             },
             id="layers that are not quantized",
         ),
+        pytest.param(
+            of_another_model,
+            {"lora_model_dir": "the adapter's base model is somebody/else, not FOLDER/tiny"},
+            id="adapter of another model",
+        ),
+        pytest.param(
+            in_4_bits,
+            {"load_in_4bit": ", not 16 bits; ".join([*IN_4_BITS, "and 4 more"])},
+            id="a base model that is quantized already",
+        ),
+        *(
+            pytest.param(lambda _, change=change: change, {key: MISSING.format(name)}, id=f"{key} without effect")
+            for key, name, change in (
+                ("lora_target_modules", "query_key_value", {"lora_target_modules": [*ALL, "query_key_value"]}),
+                ("lora_modules_to_save", "final_norm", {"lora_modules_to_save": ["norm", "final_norm"]}),
+                ("lora_rank_pattern", "q_porj", {"lora_rank_pattern": {"q_porj": 4, ".*v_proj": 2}}),
+                ("peft_layers_to_transform", "99", {"peft_layers_to_transform": [0, 99]}),
+            )
+        ),
     ],
 )
-def test_a_model_that_differs_from_its_config_is_found(tmp_path, change, wrong):
+def test_a_model_that_differs_from_its_config_is_found(tmp_path, monkeypatch, change, wrong):
+    monkeypatch.chdir(tmp_path.parent)
     save_tiny_llama(tmp_path / "tiny")
     settings = {"base_model": str(tmp_path / "tiny"), "adapter": "lora", "lora_r": 8, "lora_alpha": 16}
     settings |= {"lora_dropout": 0.05, "lora_target_modules": ALL, "fp16": False, "bf16": True, "plugins": [PLUGIN]}
@@ -156,7 +194,7 @@ def test_a_model_that_differs_from_its_config_is_found(tmp_path, change, wrong):
     rows = PluginManager.get_instance().plugins[PLUGIN].rows
     findings = Findings()
     model_facts.add_differences(findings, model_facts.facts(cfg, model, words, rows))
-    assert problems(findings) == wrong
+    assert problems(findings) == {key: text.replace("FOLDER", tmp_path.name) for key, text in wrong.items()}
 
 
 def test_a_parameter_without_an_update_is_found(tiny):
