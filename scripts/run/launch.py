@@ -365,8 +365,6 @@ def _launch(command: list[str], run_dir: RunDir, record: Run, log: Path, *locks:
     with stop_requests() as stops, opened(log, "ab") as stream:
 
         def report_trouble(record: Row) -> None:
-            if "loss" in record and record["loss"] is None:
-                say_once(f"  the loss is NaN; `recipe cancel {run_dir.quoted}` stops the run at a checkpoint")
             for finding in record.get("findings", ()):
                 say_once(f"  {Finding('warning', **finding).text}")
 

@@ -323,7 +323,7 @@ def summarise(metrics: list[Row]) -> Summary:
         "eval_reward_margin": final.get("eval_reward_margin"),
         "kept_step": newest.get("kept_step"),
         "ended": newest.get("ended"),
-        "trouble": _trouble(metrics, last.get("findings", ())),
+        "trouble": "\n".join(Finding("warning", **finding).text for finding in last.get("findings", ())) or None,
     }
     computed |= {
         "train_seconds": _seconds(metrics),
@@ -363,19 +363,6 @@ def _peaks(metrics: Sequence[Row], memory: str) -> list[float]:
         if record.get(memory):
             peaks += record.get("peak_gib_by_rank") or [record[memory]]
     return peaks
-
-
-def _trouble(metrics: Sequence[Row], findings: Iterable[Row]) -> str | None:
-    """Message if the last losses are NaN (null in JSON), or with a training's findings; or None."""
-    nan_since = None
-    for record in reversed(metrics):
-        if "loss" in record:
-            if record["loss"] is not None:
-                break
-            nan_since = record["step"]
-    if nan_since is not None:
-        return f"the loss is NaN since step {nan_since}"
-    return "\n".join(Finding("warning", **finding).text for finding in findings) or None
 
 
 def all_runs(runs: Path) -> list[RunDir]:

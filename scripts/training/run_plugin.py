@@ -294,8 +294,10 @@ class RunCallback(TrainerCallback):
             tokens, empty = (int(sum(gather(float(count), args.device))) for count in (self.labels, self.empty))
             self.labels = self.empty = 0
             self.judge.step(logs["loss"], logs.get("grad_norm"), tokens, empty)
-            self._report_findings(state)
-            control.should_training_stop |= self.judge.findings.stop
+        if "eval_loss" in logs:
+            self.judge.evaluation(logs["eval_loss"])
+        self._report_findings(state)
+        control.should_training_stop |= self.judge.findings.stop
 
     def _report_findings(self, state: Any) -> None:
         """Record the findings if there are new ones; the training may stop after this step."""

@@ -258,7 +258,7 @@ class Summary(BaseModel):
     trainable_parameters: int | None = None
     findings: list[TrainingFinding] = []
     tracked: list[TrackedRun] = []
-    trouble: str | None = None  # about NaN losses or findings, or a machine that refused to start the run
+    trouble: str | None = None  # a training's findings, or a machine that refused to start the run
     ended: Ended | None = None  # None also after a kill
 
     @property

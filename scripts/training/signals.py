@@ -113,11 +113,14 @@ class Signals:
         self.losses.append(loss)
         if len(self.losses) == 1:
             self._first_loss(loss, tokens)
-        if grad_norm == 0:
-            self._add("grad_norm", "0: nothing is trained", "check labels, frozen parameters and the loss")
         if empty and self.vocabulary:
-            problem = f"{empty} batches without a token to learn, so that their loss is undefined"
+            problem = f"{empty} batches without a token to learn: the loss is undefined, also in the log from here on"
             self._add("labels", problem, "`recipe check --all-rows` shows such rows; delete them")
+        elif grad_norm == 0:
+            self._add("grad_norm", "0: nothing is trained", "check labels, frozen parameters and the loss")
+        elif not (math.isfinite(loss) or f"{SIGNALS}:labels" in self.findings):
+            remedy = "`recipe cancel` the run; lower learning_rate, or train in bf16 or fp32 instead of fp16"
+            self._add("loss", "NaN or infinite, also in the log from here on", remedy)
 
     def _first_loss(self, loss: float, tokens: int) -> None:
         if loss == 0:
@@ -130,13 +133,19 @@ class Signals:
             remedy = "the base model is damaged, or its precision, quantization or tokenizer is wrong: correct it"
             self.findings.add(FIRST_LOSS, "", problem, remedy)
 
+    def evaluation(self, loss: float) -> None:
+        """Judge an eval loss."""
+        if not math.isfinite(loss):
+            problem = "NaN or infinite: no evaluation row has a token to learn, or the model is damaged"
+            self._add("eval_loss", problem, "correct roles and masks of the evaluation rows, or base_model")
+
     def end(self) -> None:
         """Judge the losses of a complete training: the last quarter's mean must not be higher than the first's.
 
         It is higher if it exceeds the first quarter's by three standard errors of their difference.
         """
         quarter = len(self.losses) // 4
-        if quarter < 2 or not all(map(math.isfinite, self.losses)):  # the run's summary reports other losses
+        if quarter < 2 or not all(map(math.isfinite, self.losses)):
             return
         first, last = self.losses[:quarter], self.losses[-quarter:]
         rise, error = fmean(last) - fmean(first), math.sqrt((variance(first) + variance(last)) / quarter)

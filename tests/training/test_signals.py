@@ -1,6 +1,7 @@
 """Findings of a training about its own losses, gradients and warnings."""
 
 import logging
+import math
 
 import pytest
 from datasets import Dataset
@@ -19,6 +20,7 @@ FALLING = [3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.3]
         ([2.5, 2.6] * 8, 1.0, {}),  # noise
         (FALLING[::-1], 1.0, {"loss": "0.6 higher in the last quarter of the steps than in the first"}),
         ([0.0, 1.0], 1.0, {"loss": "0 in the first step: no token is learnt"}),
+        ([3.0, math.nan], 1.0, {"loss": "NaN or infinite, also in the log from here on"}),
         (FALLING, 0.0, {"grad_norm": "0: nothing is trained"}),
     ],
 )
@@ -29,6 +31,25 @@ def test_losses_and_gradients_of_a_failing_training_are_found(losses, norm, wron
         judge.step(loss, norm, 100, 0)
     judge.end()
     assert {finding["key"]: finding["problem"] for finding in findings.values()} == wrong
+
+
+def test_a_batch_without_labels_explains_its_loss_and_gradient():
+    """transformers adds each loss to the last one that it has logged, so that a NaN stays (seen)."""
+    findings = Findings()
+    judge = Signals(findings, vocabulary=1024)
+    judge.step(6.8, 1.0, 100, 0)
+    judge.step(math.nan, 0.0, 0, 1)
+    judge.step(math.nan, 1.0, 100, 0)
+    assert [*findings] == ["training:labels"]
+
+
+def test_an_undefined_eval_loss_is_found():
+    findings = Findings()
+    judge = Signals(findings, None)
+    judge.evaluation(2.5)
+    assert not findings
+    judge.evaluation(math.nan)
+    assert [*findings] == ["training:eval_loss"]
 
 
 @pytest.mark.parametrize(
