@@ -316,7 +316,7 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1) -> None:
 
 SAMPLE = 200
 """Number of rows per data set that a check compares with their tokens."""
-_VERSION = 3
+_VERSION = 4
 """Version of the cached findings about them; raise it when the comparison changes."""
 
 

@@ -22,6 +22,7 @@ from .rule import Case, Problems, rule
 def beyond_context(case: Case) -> Problems:
     """RoPE accepts rows longer than the model's context, for which the model was never trained.
 
+    GPT-2 and its like have a table of n_positions rows, beyond which training fails with an index error (seen).
     In a pack, positions begin anew with each row, so that a pack may exceed the context.
     """
     context = case.model.context
@@ -33,8 +34,12 @@ def beyond_context(case: Case) -> Problems:
     if settings.sample_packing:
         rows = math.ceil(settings.micro_batch_size * length / context)
         remedy += f", and micro_batch_size to {rows}, for as many packed tokens"
-    problem = f"{length} exceeds the model's context of {context} tokens, beyond which it was not trained"
-    yield "warning", "sequence_len", problem, remedy
+    level: Level = "warning"
+    effect = "was not trained"
+    if "n_positions" in case.architecture:
+        level, effect = "error", "fails"
+    problem = f"{length} exceeds the model's context of {context} tokens, beyond which it {effect}"
+    yield level, "sequence_len", problem, remedy
 
 
 @rule()

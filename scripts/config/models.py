@@ -75,7 +75,7 @@ def find(config: Config) -> Model:
     files = _file_names(folder)
     model = Model(
         gated=entry.get("gated"),
-        context=sizes.get("max_position_embeddings"),
+        context=sizes.get("max_position_embeddings") or sizes.get("n_positions"),
         layers=sizes.get("num_hidden_layers"),
         linear=LAYERS.get(str(sizes.get("model_type"))),
         special_tokens=_special_tokens(folder) or entry.get("special_tokens"),

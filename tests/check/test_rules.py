@@ -10,6 +10,7 @@ from conftest import config_with, recipe_config
 from huggingface_hub import try_to_load_from_cache
 
 from qlora_recipes.base import hub, paths, processes
+from qlora_recipes.base.files import write_json
 from qlora_recipes.check import settings_rules
 from qlora_recipes.check.rule import RULES, Case, rule_findings
 from qlora_recipes.config import datafiles, gpus
@@ -502,6 +503,14 @@ def test_chats_need_a_template_of_the_tokenizer_or_the_config(tiny, place):
     model = shutil.copytree(tiny, place / "model")
     (model / "chat_template.jinja").write_text("{{ messages }}")
     assert findings_of(local | {"base_model": str(model)}) == []
+
+
+def test_rows_beyond_a_table_of_positions_are_an_error(tiny, place):
+    model = shutil.copytree(tiny, place / "model")
+    write_json(model / "config.json", {"model_type": "gpt2", "n_positions": 1024})
+    local = {"base_model": str(model), "revision_of_model": None}
+    assert names(local | {"sequence_len": 1024}) == []
+    assert names(local | {"sequence_len": 1025}) == ["error beyond-context:sequence_len"]
 
 
 def test_a_local_model_is_judged_by_its_own_files(tiny):
