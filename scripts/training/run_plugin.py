@@ -295,7 +295,7 @@ class RunCallback(TrainerCallback):
             self.labels = self.empty = 0
             self.judge.step(logs["loss"], logs.get("grad_norm"), tokens, empty)
         if "eval_loss" in logs:
-            self.judge.evaluation(logs["eval_loss"])
+            self.judge.evaluation(logs.get(losses.NAME, logs["eval_loss"]))
         self._report_findings(state)
         control.should_training_stop |= self.judge.findings.stop
 

@@ -100,6 +100,7 @@ class Signals:
         self.findings = findings
         self.vocabulary = vocabulary
         self.losses: list[float] = []
+        self.eval_losses: list[float] = []
 
     def step(self, loss: float, grad_norm: float | None, tokens: int, empty: int) -> None:
         """Judge a logged step.
@@ -135,6 +136,7 @@ class Signals:
 
     def evaluation(self, loss: float) -> None:
         """Judge an eval loss."""
+        self.eval_losses.append(loss)
         if not math.isfinite(loss):
             problem = "NaN or infinite: no evaluation row has a token to learn, or the model is damaged"
             self._add("eval_loss", problem, "correct roles and masks of the evaluation rows, or base_model")
@@ -142,11 +144,15 @@ class Signals:
     def end(self) -> None:
         """Judge the losses of a complete training: the last quarter's mean must not be higher than the first's.
 
-        It is higher if it exceeds the first quarter's by three standard errors of their difference.
+        It is higher if it exceeds the first quarter's by three standard errors of their difference. Eval losses must
+        differ, if only in their last digits.
         """
         quarter = len(self.losses) // 4
         if quarter < 2 or not all(map(math.isfinite, self.losses)):
             return
+        if len(self.eval_losses) > 1 and len(set(self.eval_losses)) == 1:
+            problem = f"{self.eval_losses[0]} before and after training: the steps change nothing"
+            self._add("eval_loss", problem, "raise learning_rate and max_grad_norm")
         first, last = self.losses[:quarter], self.losses[-quarter:]
         rise, error = fmean(last) - fmean(first), math.sqrt((variance(first) + variance(last)) / quarter)
         if rise > 3 * error:

@@ -43,13 +43,19 @@ def test_a_batch_without_labels_explains_its_loss_and_gradient():
     assert [*findings] == ["training:labels"]
 
 
-def test_an_undefined_eval_loss_is_found():
+@pytest.mark.parametrize(
+    ("evaluated", "found"),
+    [([2.5, 2.4], []), ([2.5], []), ([2.5, 2.5], ["training:eval_loss"]), ([math.nan] * 2, ["training:eval_loss"])],
+)
+def test_an_eval_loss_that_is_undefined_or_stays_is_found(evaluated, found):
     findings = Findings()
     judge = Signals(findings, None)
-    judge.evaluation(2.5)
-    assert not findings
-    judge.evaluation(math.nan)
-    assert [*findings] == ["training:eval_loss"]
+    for loss in evaluated:
+        judge.evaluation(loss)
+    for loss in FALLING:
+        judge.step(loss, 1.0, 100, 0)
+    judge.end()
+    assert [*findings] == found
 
 
 @pytest.mark.parametrize(
