@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from .errors import first_line
+from .errors import UserError, WorkFailed, first_line, one_line
 
 # transformers and trl both call this on import; each search through the installed packages takes seconds
 _packages_distributions = cache(importlib.metadata.packages_distributions)
@@ -195,6 +195,26 @@ def page(name: str) -> str:
     from huggingface_hub.constants import ENDPOINT
 
     return f"{ENDPOINT}/{name}"
+
+
+@contextmanager
+def uploading(repository: str, option: str) -> Iterator[None]:
+    """Report errors of uploads in the block.
+
+    Raises:
+        UserError: the token gives no access.
+        WorkFailed: the hub cannot be reached or fails.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # from the hub, the network or the token
+        response = getattr(error, "response", None)
+        if getattr(response, "status_code", None) in (401, 403):
+            remedy = "give a token with access by `hf auth login` or HF_TOKEN"
+            raise UserError(f"no write access to {repository}", key=option, remedy=remedy) from None
+        raise WorkFailed(f"{repository}: not uploaded: {one_line(error)}; repeat the command") from None
 
 
 def has_token() -> bool:

@@ -357,8 +357,8 @@ def sources(file: Path) -> dict[str, str]:
     return dict(re.findall(r"^(\w+):.*?  # (.*)$", read_text(file), re.MULTILINE))
 
 
-def write_yaml(config: Config) -> str:
-    """A config as YAML text, in the order of its keys."""
+def write_yaml(config: Config | list[Config]) -> str:
+    """Config, or a list of them, as YAML text, in the order of the keys."""
     return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 

@@ -259,6 +259,12 @@ def publish_command(
         ),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
+    pr: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Open a pull request to this evaluated adapter, with its benchmarks' scores."
+        ),
+    ] = None,
     force: Force,
 ) -> None:
     """Write a run's model card; with options, also merge or upload the adapter."""
@@ -266,12 +272,17 @@ def publish_command(
     from ..run.rundir import find_run
 
     refuse_without("--private", private, "--push", push)
-    refuse_together({"--gguf": gguf, "--push": push})
+    refuse_together({"--gguf": gguf, "--push": push, "--pr": pr})
+    refuse_together({"--merge": merge, "--pr": pr})
+    run_dir = find_run(run, paths.runs())
+    if pr:
+        print(publish.propose(run_dir, pr))
+        return
     tools = None
     if gguf is not None:
         with importing_axolotl():
             from ..training.validation import GgufTools
 
             tools = GgufTools.find(gguf)
-    for published in publish.publish(find_run(run, paths.runs()), merge, tools, push, private, force):
+    for published in publish.publish(run_dir, merge, tools, push, private, force):
         print(published)

@@ -23,6 +23,7 @@ from ..data.declaration import Data
 from ..data.raw_rows import constants
 from ..data.studies import Study
 from ..evaluate.scores_file import Evaluation
+from ..metrics.metric import Column, ScoreRecord
 from ..run.rundir import PLUGIN, RunDir
 from ..training.run_record import Run
 from .run_result import RunResult
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 
 # Licences of language models in https://huggingface.co/docs/hub/repositories-licenses
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
+# Data sets and tasks on the hub by task of lm-evaluation-harness, as in https://huggingface.co/docs/hub/eval-results
+_HUB_BENCHMARKS = {
+    "gsm8k": ("openai/gsm8k", "gsm8k"),
+    "gsm8k_cot": ("openai/gsm8k", "gsm8k"),
+    "mmlu_pro": ("TIGER-Lab/MMLU-Pro", "mmlu_pro"),
+}
 _PATCH = "@@ -1 +1 @@\n-x = 1\n+x = 2"
 _LOCAL_PATH = re.compile(r"(?<![\w.<>/~-])(?:\.\.(?:/[^\s/=,:'\")\]}]+)+|(?:file://)?(?:/[^\s/=,:'\")\]}]+){2,})")
 
@@ -84,7 +91,7 @@ class Card:
         run = self.result.run
         overrides = [override.text for override in run.overrides if not _holds_private(override.key, override.value)]
         dumped = run.model_dump(exclude={"differences", "of_variant"})
-        return self._public(dumped | {"overrides": overrides})
+        return self.public(dumped | {"overrides": overrides})
 
     @property
     def differences(self) -> list[Row]:
@@ -94,7 +101,7 @@ class Card:
             if not _holds_private(difference.key, difference.run):
                 shown = difference.without_secrets()
                 rows.append({"key": shown.key, "recipe": shown.recipe, "run": shown.run, "why": shown.source.text})
-        return self._public(rows)
+        return self.public(rows)
 
     @cached_property
     def config(self) -> Config:
@@ -104,19 +111,19 @@ class Card:
         plugins = [name for name in self.result.config.get("plugins") or [] if name != PLUGIN]
         if plugins:
             config["plugins"] = plugins
-        return self._public(config)
+        return self.public(config)
 
     @cached_property
     def scored(self) -> Row | None:
         """Public part of scores.json."""
         if self.evaluation is None:
             return None
-        return self._public(self.evaluation.model_dump() | {"scores": self.evaluation.flat()})
+        return self.public(self.evaluation.model_dump() | {"scores": self.evaluation.flat()})
 
     @cached_property
     def base(self) -> Base:
         base = base_model(self.result.folder, self.result.run)
-        return replace(base, name=self._public(base.name))
+        return replace(base, name=self.public(base.name))
 
     @property
     def title(self) -> str:
@@ -256,30 +263,43 @@ class Card:
 
     @property
     def _eval_results(self) -> "list[EvalResult]":
-        """Scores for the hub; none for a rehearsal."""
+        """Scores for the hub, except those in `.eval_results`; none for a rehearsal."""
         from huggingface_hub import EvalResult
 
         if self.evaluation is None or self.run["rehearsal"]:
             return []
         results = []
         for name, column in self.evaluation.columns.items():
-            score = self.evaluation.scores[name].value
-            if score is None:
+            score = self.evaluation.scores[name]
+            if score.value is None or hub_benchmark(score):
                 continue
+            dataset = self.dataset_of(column)
             result = EvalResult(
                 task_type="text-generation",
-                dataset_type="json",
-                dataset_name=getattr(column.parameters, "task", "").rpartition("/")[2] or self.scored_on,
+                dataset_type=dataset,  # huggingface_hub joins results of one type, whatever their name
+                dataset_name=dataset,
                 metric_type=column.metric.hub_type,
                 metric_name=column.title,
-                metric_value=round(score, 4),
+                metric_value=round(score.value, 4),
             )
             results.append(result)
         return results
 
-    def _public(self, value: Any) -> Any:
+    def dataset_of(self, column: Column) -> str:
+        """Task of a benchmark, or description of the scored rows."""
+        return getattr(column.parameters, "task", "").rpartition("/")[2] or self.scored_on
+
+    def public(self, value: Any) -> Any:
         """Copy of a value, with secrets masked and local paths shortened."""
         return yamlfiles.with_texts(without_secrets(value), partial(_without_folders, Path(self.result.run.cwd)))
+
+
+def hub_benchmark(score: ScoreRecord) -> tuple[str, str] | None:
+    """Data set and task on the hub of a score of all rows; None if the hub registers none."""
+    benchmark = score.benchmark
+    if benchmark is None or benchmark.rows < benchmark.total_rows:
+        return None
+    return _HUB_BENCHMARKS.get(benchmark.task)
 
 
 def card(result: RunResult, merged: bool, repository: str | None) -> str:

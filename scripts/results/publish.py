@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base import hub
-from ..base.errors import UserError, WorkFailed, one_line, recipe_command
+from ..base.errors import UserError, WorkFailed, recipe_command
 from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.hub import importing_axolotl
 from ..base.processes import make_once, start_child
@@ -21,7 +21,7 @@ from ..evaluate.scores_file import ADAPTER, about_rows
 from ..run import backends, launch, trust
 from ..run.rundir import RunDir
 from ..training.run_record import Run
-from . import gguf
+from . import gguf, public_records
 from .card import Card, base_model, card
 from .run_result import RunResult
 
@@ -57,7 +57,7 @@ def publish(
         force: names of the findings about untrusted code to accept.
 
     Returns:
-        Files of the written cards and of GGUF and, after a push, the URL of the repository.
+        Files of the written cards, public records and GGUF and, after a push, the URL of the repository.
 
     Raises:
         UserError: the run has no adapter to publish or must not be pushed, its config names untrusted code, disk
@@ -82,12 +82,55 @@ def publish(
         with Bar(f"writing {model / CARD}"):
             write_atomically(model / CARD, card(result, model != run_dir.output, repository))
         _write_template(result, model)
-    cards = [str(model / CARD) for model in models]
+    records = public_records.write(Card(result, models[-1] != run_dir.output, push or "."), models[-1])
+    files = [str(model / CARD) for model in models]
+    files += map(str, map(models[-1].joinpath, records))
     if tools:
-        return [*cards, *map(str, _export(result, tools))]
-    if push is None:
-        return cards
-    return [*cards, _push(models[-1], push, private, run.recipe)]
+        files += map(str, _export(result, tools))
+    if push:
+        files.append(_push(models[-1], records, push, private, run.recipe))
+    return files
+
+
+def propose(run_dir: RunDir, model: str) -> str:
+    """Open a pull request with the scores of an adapter that was not trained here.
+
+    Its description is an Every Eval Ever record of all scores.
+
+    Args:
+        run_dir: run folder of the adapter's evaluation.
+        model: the adapter's repository on the hub.
+
+    Returns:
+        URL of the pull request.
+
+    Raises:
+        UserError: the run scored another adapter or no benchmark that the hub registers, or the token is refused.
+        WorkFailed: the hub cannot be reached or fails.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    result = RunResult(run_dir, backends.read(run_dir))
+    adapter = result.run.published_adapter or "an adapter that was trained here"
+    if adapter.partition("@")[0] != model:
+        remedy = "name the adapter of `recipe evaluate RECIPE --adapter OWNER/NAME`"
+        raise UserError(f"the run scored {adapter}", key=f"--pr {model}", remedy=remedy)
+    scores = Card(result, merged=False, repository=model)
+    entries = public_records.hub_entries(scores)
+    if not scores.evaluation or not entries:
+        remedy = f"run `recipe evaluate {run_dir.quoted} --metric benchmark:gsm8k`"
+        raise UserError("no score of a benchmark that the hub registers", file=run_dir.path, remedy=remedy)
+    record = public_records.every_eval_ever(scores, scores.evaluation)
+    say(f"pull request to {model}:\n{entries}")
+    with hub.uploading(model, "--pr"):
+        commit = HfApi().create_commit(
+            model,
+            [CommitOperationAdd(public_records.EVAL_RESULTS, entries.encode())],
+            commit_message="Add scores by qlora-recipes",
+            commit_description=f"```json\n{record}```",
+            create_pr=True,
+        )
+    return str(commit.pr_url)
 
 
 def _refuse_run(run_dir: RunDir, run: Run) -> None:
@@ -265,15 +308,15 @@ def _published(folder: Path, patterns: Sequence[str]) -> list[Path]:
     return files
 
 
-def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
-    """Upload a model's folder and return the repository's URL."""
+def _push(model: Path, records: Sequence[str], repository: str, private: bool, recipe: str) -> str:
+    """Upload a model's folder with its public records; return the repository's URL."""
     from huggingface_hub import HfApi
 
     api = HfApi()
     patterns = _PUSHED if (model / ADAPTER).is_file() else _PUSHED_MERGED
-    names = [file.name for file in _published(model, patterns)]
+    names = [*(file.name for file in _published(model, patterns)), *records]
     say(f"upload: {', '.join(names)}")
-    try:
+    with hub.uploading(repository, "--push"):
         # None leaves the decision to an organization's default; False would not
         url = api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.repo_info(repository).private:
@@ -282,15 +325,4 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
         patterns = list(map(glob.escape, names))
         message = f"Model of {recipe}"
         api.upload_folder(repo_id=repository, folder_path=model, allow_patterns=patterns, commit_message=message)
-    except UserError:
-        raise
-    except Exception as error:  # from the hub, the network or the token
-        response = getattr(error, "response", None)
-        if getattr(response, "status_code", None) in (401, 403):
-            remedy = "give a token with access by `hf auth login` or HF_TOKEN"
-            raise UserError(f"no write access to {repository}", key="--push", remedy=remedy) from None
-        reason = one_line(error)
-        raise WorkFailed(
-            f"{repository}: not pushed: {reason}\n{model / CARD} is written; repeat the command to push"
-        ) from None
     return str(url)

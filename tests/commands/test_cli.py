@@ -129,6 +129,7 @@ MISTAKES = [
     ("evaluate latest --adapter none --base", "--adapter and --base: give only one of them"),
     ("evaluate latest --served-model x", "--served-model: works only with --engine URL"),
     ("publish latest --private", "--private: works only with --push"),
+    ("publish latest --pr a/b --merge", "--merge and --pr: give only one of them"),
     (
         "score pairs.jsonl",
         "pairs.jsonl: row 2 lacks the text field prediction; its fields: reference; name another field with "

@@ -495,6 +495,14 @@ def test_a_push_lists_and_brings_the_adapter_its_tokenizer_and_its_card(run, hub
     assert 'PeftModel.from_pretrained(base, "owner/model")' in card(run.output)[1]
 
 
+def test_a_push_brings_a_record_of_the_scores(run, hub):
+    evaluated(run)
+    (record,) = publish.publish(run, push="owner/model")[1:-1]
+    assert Path(record).parent == run.output / "data" / "qlora-recipes" / "owner" / "model"
+    content = hub.files[str(Path(record).relative_to(run.output))]
+    assert orjson.loads(content)["model_info"]["id"] == "owner/model"
+
+
 @pytest.mark.parametrize("options", [{"push": "owner/model"}, {"merge": True}], ids=str)
 def test_a_link_is_not_published(run, hub, fake_axolotl, monkeypatch, options):
     monkeypatch.setattr(launch, "AXOLOTL", fake_axolotl.with_name("axolotl"))
@@ -515,7 +523,7 @@ def test_a_push_takes_no_name_for_a_pattern(run, hub):
     (merged / "LICENSES" / "credentials").touch()
     for name in ("config.json", "model.safetensors", "LICENSE*"):
         (merged / name).touch()
-    publish._push(merged, "owner/model", private=False, recipe="r")
+    publish._push(merged, ["LICENSES/a"], "owner/model", private=False, recipe="r")
     assert set(hub.files) == {"config.json", "model.safetensors", "LICENSE*"}
 
 
@@ -547,7 +555,7 @@ def test_a_private_model_is_not_pushed_to_a_public_repository(run, hub):
 
 
 NO_ACCESS = "--push: no write access to owner/model; give a token with access by `hf auth login` or HF_TOKEN"
-NOT_PUSHED = "owner/model: not pushed: refused\n{card} is written; repeat the command to push"
+NOT_PUSHED = "owner/model: not uploaded: refused; repeat the command"
 
 
 @pytest.mark.parametrize(
@@ -560,7 +568,7 @@ def test_a_push_that_fails_leaves_the_card(run, hub, status, error, message):
     hub.create_repo.side_effect = refusal
     with pytest.raises(error) as raised:
         publish.publish(run, push="owner/model")
-    assert str(raised.value) == message.format(card=run.output / "README.md")
+    assert str(raised.value) == message
     assert hub.files == {}
     assert card(run.output)[0]["base_model"] == BASE
 

@@ -35,6 +35,7 @@ class Server:
     silent: tuple[str, ...] = ()  # ends of paths that are never answered
     ended: threading.Event = field(default_factory=threading.Event)
     seen: list[dict[str, str]] = field(default_factory=list)  # the requests' headers
+    posted: dict[str, bytes] = field(default_factory=dict)  # bodies by path
     sent: int = 0
 
     def asked_for(self) -> list[str | None]:
@@ -89,6 +90,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        self.server.orders.posted[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
 
     def _refuse(self, status: int, code: str, message: str = "") -> None:
         self.send_response(status)
