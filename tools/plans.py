@@ -28,7 +28,10 @@ def step_plans(study: str = "") -> dict[str, StepPlan]:
     for gpu in map(gpus.find_gpu, GENERATIONS):
         for name in paths.recipe_names():
             if name.startswith(study):
-                step, _ = step_plan.plan_step(compose(Request(name), gpu).config, gpu)
+                config = compose(Request(name), gpu).config
+                if config.get("rl"):
+                    continue  # `plan_step` refuses it
+                step, _ = step_plan.plan_step(config, gpu)
                 steps[step.key] = step
         for log in logs(study, gpu).values():
             if log.log.reserved_bytes:
@@ -41,7 +44,8 @@ def logs(study: str = "", gpu: gpus.Gpu | None = None) -> dict[str, PlannedLog]:
     plans = {}
     for name in paths.recipe_names():
         of = studies.study_of(name)
-        log = of and name.startswith(study) and PlannedLog.of(of, name, compose(Request(name), gpu).config, gpu)
+        config = compose(Request(name), gpu).config
+        log = of and name.startswith(study) and not config.get("rl") and PlannedLog.of(of, name, config, gpu)
         if log:
             plans[name] = log
     return plans

@@ -17,7 +17,7 @@ from ..base.yamlfiles import Config
 from ..config import datafiles, models
 from ..config.datafiles import DatasetRef
 from ..config.finding import LEAKED, Faults, FaultyRows, Finding, Level
-from ..training.row_types import Pairs, RowMistake, RowType, Segments, row_type
+from ..training.row_types import Pairs, RowMistake, RowType, row_type
 
 
 def check_rows(
@@ -108,6 +108,8 @@ class Wording(NamedTuple):
         return Finding(self.level, self.rule or rule, key, problem, self.remedy, *rows.place)
 
 
+_AS_WRITTEN = ("input_output", "passthrough", "None")
+"""Types whose rows have special tokens on purpose."""
 LEAKED_ROWS = Wording("warning", "{n} also in the training data: scores mean little", "drop them from it")
 _WORDING = {
     "bad-row": Wording("error", "{n}: {about}", "correct or drop these rows"),
@@ -212,7 +214,7 @@ class _Reader:
         self.paths = datafiles.present_files(dataset.entry)
         self.files = [_File(self.key, path) for path in self.paths if path.suffix == ".jsonl"]
         self.special = None
-        if special and not isinstance(self.type, Segments):  # the author of segments writes special tokens on purpose
+        if special and dataset.type_name not in _AS_WRITTEN:
             self.special = re.compile(special)
         self.seen = seen
         self.unread = set[str]()

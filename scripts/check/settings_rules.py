@@ -447,7 +447,8 @@ def rounded_steps(case: Case) -> Problems:
     """TRL's DPO trainer casts adapters of a quantized base to bf16, with 8 significant bits.
 
     LoRA's A begins with values near 0.01, where bf16 numbers are 3e-5 to 6e-5 apart; Adam's steps are as large as the
-    learning rate, and below half of the distance they are lost.
+    learning rate, and below half of the distance they are lost. B begins at 0 and still learns: at 5e-6, the published
+    runs of zephyr's DPO, which TRL cast alike, reached a reward accuracy of 0.74.
     """
     rate = case["learning_rate"]
     is_cast = case["rl"] in ("dpo", "ipo") and case.lora and quantized(case.config)
@@ -456,4 +457,4 @@ def rounded_steps(case: Case) -> Problems:
         yield "warning", "learning_rate", problem, f"set {_LOST_IN_BF16:g} or more, or use adapter: lora"
 
 
-_LOST_IN_BF16 = 1e-5
+_LOST_IN_BF16 = 5e-6

@@ -152,7 +152,12 @@ def test_a_row_that_spoils_a_training_is_found_with_its_line(good, dataset, row,
     [
         *((GOOD_PAIR, PAIRS, *mistake) for mistake in OF_PAIRS),
         *((FULL_PAIR, FULL_PAIRS, *mistake) for mistake in OF_FULL_PAIRS),
-        (GOOD_PAIR, {"type": "passthrough"}, {"prompt": "a", "chosen": {}}, BAD.format("the field chosen is not text")),
+        (
+            {"prompt": "<s>a", "chosen": "b</s>", "rejected": "c</s>"},  # tokens on purpose
+            {"type": "passthrough"},
+            {"prompt": "a", "chosen": {}},
+            BAD.format("the field chosen is not text"),
+        ),
         (
             {"q": "a", "chosen": "b", "rejected": "c"},
             {"type": {"field_prompt": "q"}},

@@ -91,7 +91,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     (DPO | {"rl_beta": None}, "note no-preference:rl_beta"),
     (DPO | {"lora_model_dir": "ds.json"}, "error ignored-adapter:lora_model_dir"),
     (DPO | {"lora_dropout": 0.05}, "warning dropout-without-effect:lora_dropout"),
-    (DPO | {"learning_rate": 5e-6}, "warning rounded-steps:learning_rate"),
+    (DPO | {"learning_rate": 1e-6}, "warning rounded-steps:learning_rate"),
     (DPO | {"test_datasets": [TEST | {"type": {"prompt_format": "{prompt}"}}]}, MISREAD),
     (DPO | {"test_datasets": [TEST | {"field_messages": "prompt"}]}, MISREAD),
     (DPO | {"test_datasets": [TEST, TEST]}, "error misread-test-rows:test_datasets.1.type"),

@@ -96,6 +96,7 @@ AUTHORS = {  # the first words of comments on settings that the authors of a stu
     "litgpt-alpaca2k": ("config", "lora.py", "data/base.py", "alpaca_2k.py", "tokenizer.py"),
     "loftq-gsm8k": ("train_gsm8k", "quantize_save", "the authors' README"),
     "loraga-metamathqa": ("conf/", "data.py", "utils.py", "run_exp.py"),
+    "neuralhermes-dpo": ("notebook",),
     "peft-metamathqa": ("defaults", "experiment", "run.py", "data.py", "utils.py"),
     "pissa-metamathqa": ("run_lora.sh", "run_qlora.sh", "run_pissa.sh", "train.py"),
     "qlora-guanaco": ("finetune_guanaco_7b", "finetune_llama2_guanaco_7b", "qlora.py"),

@@ -18,6 +18,7 @@ from qlora_recipes.data.raw_rows import RowMaker
 from qlora_recipes.training.losses import MASKED
 
 with importing_axolotl(offline=True):
+    from qlora_recipes.training import preferences
     from qlora_recipes.training.tokens import Tokenizer, Tokens
 
 FIRST = DatasetRef("datasets", 0, {})
@@ -124,6 +125,37 @@ def test_birbals_rows_have_the_authors_tokens_and_loss(model):
         target = [*encoded(tokenizer, row["answer"])[1:], tokenizer.eos_token_id]
         assert tokens.ids == prompt + target
         assert tokens.labels == [MASKED] * len(prompt) + target
+
+
+CHATML = (  # of OpenHermes 2.5's tokenizer
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def some_text(chance: random.Random) -> str:
+    return " ".join(chance.choices(WORDS, k=chance.randint(1, 9)))
+
+
+def test_neuralhermes_pairs_have_the_authors_texts_between_bos_and_eos(sentencepiece):
+    loaded = tokenizer_of("neuralhermes-dpo/mistral-7b-qlora", sentencepiece)
+    tokenizer = loaded.tokenizer
+    write = partial(tokenizer.apply_chat_template, chat_template=CHATML, tokenize=False)
+    pairs = []
+    for seed in range(50):
+        chance = random.Random(seed)
+        texts = {name: some_text(chance) for name in ("question", "chosen", "rejected")}
+        pairs.append(texts | {"system": chance.choice(("", some_text(chance)))})
+    written = prepared("neuralhermes-dpo", "train", pairs)
+    tokenized = preferences.tokenize(loaded.cfg, DatasetRef("datasets", 0, {}, "dpo"), tokenizer, written)
+    for pair, texts, ids in zip(pairs, written, tokenized, strict=True):
+        system = write([{"role": "system", "content": pair["system"]}]) if pair["system"] else ""
+        prompt = system + write([{"role": "user", "content": pair["question"]}], add_generation_prompt=True)
+        answers = {name: f"{pair[name]}<|im_end|>\n" for name in ("chosen", "rejected")}
+        assert texts == {"prompt": prompt, **answers}
+        for name, answer in (("chosen", ids.chosen), ("rejected", ids.rejected)):
+            assert ids.prompt + answer == [*encoded(tokenizer, prompt + answers[name]), tokenizer.eos_token_id]
 
 
 def chat(chance: random.Random) -> list[dict[str, str]]:
