@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 
 from ..base.yamlfiles import Config
-from ..config import models
+from ..config import models, substitution
 from ..config.finding import MODEL
 from ..config.numerics import precision
 from .signals import Findings
@@ -93,7 +93,8 @@ def facts(config: Config, model: Any, tokenizer: Any, rows: int) -> Iterator[Fac
     for name, parameter in model.named_parameters():
         is_added = re.search(r"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\.", name)
         yield Fact("adapter", name, _trained(is_added), _trained(parameter.requires_grad))
-    yield from _matches(config, [name for name, _ in model.get_base_model().named_modules()])
+    if not substitution.uses_small_model(config):  # the names are those of another model
+        yield from _matches(config, [name for name, _ in model.get_base_model().named_modules()])
     yield from _precision(config, model)
     yield from _embeddings(model, tokenizer, rows)
     if config.get("lora_model_dir"):
