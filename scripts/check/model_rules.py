@@ -10,7 +10,9 @@ from typing import Any
 
 from ..base import hub, paths
 from ..base.errors import UserError, did_you_mean
+from ..base.files import tensor_shapes
 from ..base.processes import bounded
+from ..base.run_files import RunFile
 from ..config import models
 from ..config.finding import MOST_FINDINGS, Level
 from ..config.merging import listed
@@ -176,6 +178,28 @@ def no_lora_targets(case: Case) -> Problems:
     """
     if case.lora and not case.is_set("lora_target_modules", "lora_target_linear", "lora_target_parameters"):
         yield "error", "adapter", "LoRA has no target layers", "set lora_target_modules or lora_target_linear: true"
+
+
+@rule()
+def unmatched_adapter(case: Case) -> Problems:
+    """PEFT leaves out weights for layers that the model lacks, and trains new ones (PEFT#2118; seen)."""
+    adapter, linear = case["lora_model_dir"], case.model.linear
+    if not (adapter and linear):
+        return
+    layers = set(_layer_names(linear, case.model.layers or 1000))
+    adapted = set()
+    for name in tensor_shapes(Path(adapter) / RunFile.ADAPTER) or ():
+        if weight := _ADAPTED.fullmatch(name):
+            adapted.add(weight["layer"])
+    unmatched = sorted(adapted - layers)
+    if unmatched:
+        problem = f"the model lacks {len(unmatched)} of the adapter's {len(adapted)} layers, such as {unmatched[0]}"
+        remedy = "name an adapter of this model; Axolotl would train new weights in place of these"
+        yield "error", "lora_model_dir", problem, remedy
+
+
+_ADAPTED = re.compile(r"base_model\.model\.(?P<layer>.*)\.lora_(embedding_)?[AB](\.weight)?")
+"""Name of a weight in an adapter's file, with the layer that it adapts."""
 
 
 @rule(scope="step")

@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from conftest import config_with, recipe_config
 from huggingface_hub import try_to_load_from_cache
+from safetensors.numpy import save_file
 
 from qlora_recipes.base import hub, paths, processes
 from qlora_recipes.base.files import write_json
@@ -28,6 +30,10 @@ def place(place: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
     (place / "nvme.json").write_text('{"zero_optimization": {"offload_param": {"nvme_path": "/home/u"}}}')
     (place / "pickled").mkdir()
     (place / "pickled" / "adapter_model.bin").touch()
+    (place / "wrapped").mkdir()
+    layers = ("model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj", "lm_head")
+    weights = {f"base_model.model.{layer}.lora_A.weight": numpy.zeros(1) for layer in layers}
+    save_file(weights, place / "wrapped" / "adapter_model.safetensors")
     monkeypatch.setenv("HF_TOKEN", "for the test")
     monkeypatch.setenv("HOME", str(place))  # without logins
     monkeypatch.setenv("COMET_API_KEY", "for the test")
@@ -197,6 +203,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"trust_remote_code": True}, "error foreign-code:trust_remote_code"),
     ({"plugins": ["mine.Plugin"]}, "error foreign-code:plugins.0"),
     ({"lora_model_dir": "pickled"}, "error pickled-weights:lora_model_dir"),
+    ({"lora_model_dir": "wrapped"}, "error unmatched-adapter:lora_model_dir"),
     ({"use_comet": True}, "warning missing-package:use_comet"),
     ({"wandb_project": "mine"}, "warning no-login:wandb_project"),
     (
