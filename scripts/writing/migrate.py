@@ -395,10 +395,17 @@ class Migration:
             self.set("eot_tokens", [*ends, end], "type sharegpt trained on the end of each answer")
         return untrained
 
-    def unpack_preferences(self) -> None:
-        """Remove packing of preference pairs, which old releases read and ignored (v0.4.0: trainer_builder.py)."""
-        if self.config.get("rl") and self.config.get("sample_packing"):
+    def update_preferences(self) -> None:
+        """Remove packing and held-out shares of preference pairs, which old releases read and ignored.
+
+        v0.4.0: core/trainer_builder.py, utils/data.py; v0.9.0: utils/data/rl.py:207.
+        """
+        if not self.config.get("rl"):
+            return
+        if self._has("sample_packing"):
             self.set("sample_packing", None, "pairs of answers were not packed")
+        if self._has("val_set_size") and self.release < Version("0.9.0"):
+            self.set("val_set_size", None, "before 0.9.0, no pairs were held out")
 
     def skip_evaluation(self) -> None:
         """Remove times of evaluation if no rows are held out."""
@@ -425,7 +432,7 @@ class Migration:
         if change.get("one") and len(datafiles.training_sets(self.config)) != 1:
             return False
         types = [dataset.type_name for dataset in datafiles.datasets(self.old.config)]
-        if change.get("type", "") not in ("", *types):
+        if "type" in change and not any(re.fullmatch(change["type"], name) for name in types):
             return False
         return all(self._has(*names) for names in change.get("with", ()))
 
@@ -439,7 +446,7 @@ class Migration:
         texts = []
         for change in [*tables()["meanings"], *tables()["defaults"]]:
             before, text = Version(change["before"]), change.get("text") or _default_text(change)
-            if not self._concerned(change):
+            if self.release < Version(change.get("from", "0")) or not self._concerned(change):
                 continue
             if self.release < before:
                 texts.append(f"since {self.release}: {text}")
@@ -580,8 +587,8 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
     migration.leave(("upload", "tracking"))
     migration.update_datasets()
     migration.remove_unread()
+    migration.update_preferences()
     migration.skip_evaluation()
-    migration.unpack_preferences()
     migration.state_defaults()
     return migration
 

@@ -195,6 +195,7 @@ def changed(text: str, release: str) -> Config:
             id="sharegpt-with-roles",
         ),
         pytest.param("rl: dpo\nsample_packing: true", {"sample_packing": None}, id="packed-pairs"),
+        pytest.param("rl: dpo\nval_set_size: 9\neval_steps: 5", {}, id="held-out-pairs"),
     ],
 )
 def test_a_setting_is_renamed_or_removed(text, expected):
@@ -248,6 +249,26 @@ def test_a_setting_is_renamed_or_removed(text, expected):
             id="batch",
         ),
         pytest.param("0.5.0", "batch_size: 8\nmicro_batch_size: 2", {}, id="batch-without-effect"),
+        pytest.param(
+            "0.8.1",
+            "rl: dpo\nval_set_size: 9\neval_steps: 5",
+            {"val_set_size": None, "eval_steps": None},
+            id="pairs-not-held-out",
+        ),
+        pytest.param(
+            "0.4.1",
+            "adapter: lora\nlora_mlp_kernel: true",
+            {"peft_autocast_adapter_dtype": False},
+            id="adapter-in-bf16",
+        ),
+        pytest.param("0.4.1", "adapter: lora\nlora_mlp_kernel: true\nload_in_8bit: true", {}, id="adapter-in-fp32"),
+        pytest.param("0.4.1", "tokens: [a]", {"mean_resizing_embeddings": False}, id="new-tokens"),
+        pytest.param(
+            "0.4.0",
+            "relora: true\nrelora_steps: 150",
+            {"relora_steps": None, "jagged_restart_steps": 150, "relora_prune_method": "reset"},
+            id="relora-reset",
+        ),
     ],
 )
 def test_an_old_default_is_stated(release, text, expected):
@@ -394,6 +415,39 @@ def test_a_comment_of_an_old_files_author_does_not_hide_its_age(place):
 def test_a_meaning_that_no_key_restores_is_told():
     migration = migrate.migrate(OldConfig(Path("old.yml"), "gradient_accumulation_steps: 4", release="0.4.1"))
     assert migration.meanings() == [f"since 0.4.1: {STEPS}", f"since 0.4.1: {MEAN}"]
+
+
+CHAT_ROWS = "datasets: [{path: x, type: chat_template}]"
+
+
+@pytest.mark.parametrize(
+    ("text", "release", "changes"),
+    [
+        pytest.param("datasets: [{path: x, type: completion}]", "0.3.0", ["a row of type completion ended"], id="cut"),
+        pytest.param("datasets: [{path: x, type: completion}]", "0.4.0", [], id="in-parts"),
+        pytest.param("datasets: [{path: x, type: alpaca:chat}]", "0.3.0", ["0.3.0 wrote `### System:`"], id="alpaca"),
+        pytest.param("datasets: [{path: x, type: alpaca_instruct.load_no_prompt}]", "0.3.0", [], id="no-prompt"),
+        pytest.param("rl: dpo\nmicro_batch_size: 2\ngradient_accumulation_steps: 2", "0.5.1", [], id="pairs"),
+        pytest.param("rl: dpo", "0.5.0", ["pairs over sequence_len were shortened"], id="long-pairs"),
+        pytest.param(CHAT_ROWS, "0.4.1", ["type: chat_template read conversations"], id="chat-of-0.4"),
+        pytest.param(CHAT_ROWS, "0.6.0", ["without roles_to_train"], id="chat-of-0.6"),
+        pytest.param(CHAT_ROWS, "0.7.0", [], id="chat-of-0.7"),
+        pytest.param(
+            f"{CHAT_ROWS}\ntokenizer_type: LlamaTokenizer", "0.13.0", ["text after a special token"], id="legacy"
+        ),
+        pytest.param(f"{CHAT_ROWS}\nchat_template: mistral_v7_tekken", "0.9.2", ["chat_template: mis"], id="template"),
+        pytest.param("warmup_steps: 0", "0.9.2", [], id="warmup-of-0.9"),
+        pytest.param("warmup_steps: 0", "0.12.0", ["releases 0.10 to 0.12 took"], id="warmup-of-0.12"),
+        pytest.param("warmup_ratio: 0.0", "0.12.0", ["releases 0.10 to 0.12 took"], id="warmup-ratio"),
+        pytest.param("warmup_ratio: 0.0", "0.13.0", [], id="warmup-of-0.13"),
+    ],
+)
+def test_a_changed_meaning_is_told_for_the_releases_that_had_the_former(text, release, changes):
+    migration = migrate.migrate(OldConfig(Path("old.yml"), f"max_steps: 9\n{text}", release=release))
+    begin = f"since {release}: "
+    assert len(migration.meanings()) == len(changes)
+    for meaning, change in zip(migration.meanings(), changes, strict=True):
+        assert meaning.startswith(begin + change)
 
 
 @pytest.mark.parametrize(
