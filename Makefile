@@ -77,6 +77,7 @@ compare-memory: setup  ## Compare planned memory with published figures, and wit
 # Plans need the rendered recipes, and recipes/README.md shows their hours.
 generated: setup  ## Write generated files in order: schemas, recipes, plans, tables
 	.venv/bin/python tools/schemas.py
+	.venv/bin/python tools/outputs.py
 	.venv/bin/recipe render
 	.venv/bin/python tools/plans.py
 	.venv/bin/recipe render

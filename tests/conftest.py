@@ -23,6 +23,7 @@ import plain_environment  # noqa: F401 (first, because libraries read the enviro
 import pytest
 from cluster import Cluster, running
 from hypothesis import HealthCheck, settings
+from jsonschema import Draft202012Validator
 
 from qlora_recipes.base import yamlfiles
 
@@ -35,6 +36,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # each worker gets its share of t
 
 from qlora_recipes import cli
 from qlora_recipes.base import hub, paths, terminal
+from qlora_recipes.base.files import read_json
 from qlora_recipes.config import substitution
 from qlora_recipes.config.gpus import CPU_RANKS
 from qlora_recipes.config.merging import Override, parse_override
@@ -87,7 +89,24 @@ class Recipe:
         return self.ok(*words, code=2)
 
     def json(self, *words: str | Path, code: int = 0) -> Any:
-        return orjson.loads(self.ok(*words, "--json", code=code).stdout)
+        """JSON output of a command; checks that it agrees with the command's schema in docs/json/."""
+        printed = orjson.loads(self.ok(*words, "--json", code=code).stdout)
+        if "--columns" not in words:
+            validator_of(" ".join(map(str, words))).validate(printed)
+        return printed
+
+
+@functools.cache
+def validators() -> dict[str, Draft202012Validator]:
+    """Validators of the schemas in docs/json/, by command."""
+    files = (SUPPORT.parents[1] / "docs" / "json").glob("*.schema.json")
+    return {file.name.split(".")[0].replace("-", " "): Draft202012Validator(read_json(file)) for file in files}
+
+
+def validator_of(words: str) -> Draft202012Validator:
+    """Validator of a command's output."""
+    words = re.sub(r"^--runs \S+ ", "", words)
+    return next(validator for command, validator in validators().items() if words.startswith(command))
 
 
 LONGEST = (

@@ -45,11 +45,7 @@ class Report:
 
     def as_json(self) -> Row:
         """The report for --json."""
-        findings = []
-        for finding in self.findings:
-            row = asdict(finding) | {"name": finding.name}
-            del row["rule_scope"]
-            findings.append(row)
+        findings = [finding.as_json() for finding in self.findings]
         return {"checked": self.name, "findings": findings, "data": self.data}
 
     def data_table(self) -> list[Row]:

@@ -151,7 +151,7 @@ def study_check_command(
     study = studies.find(name)
     with Bar(f"checking {study.folder.name}: recipes, data, and Axolotl's validation"):
         findings = checks.findings(study)
-    tables.show(json, [vars(finding) for finding in findings], [], map(str, findings))
+    tables.show(json, [finding.as_json() for finding in findings], [], map(str, findings))
     counts = Counter(finding.level for finding in findings)
     if not counts["error"]:
         benchmarks.require(study.columns, force=force)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..base.errors import UserError, did_you_mean
 from . import keys
@@ -85,6 +85,12 @@ class Finding:
         """Key, problem, remedy, and the name for `--force`."""
         description = UserError(self.problem, key=self.key, remedy=self.remedy).description
         return f"{description} [{self.name}]" if self.rule else description
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON fields."""
+        row = vars(self) | {"name": self.name}
+        del row["rule_scope"]
+        return row
 
     def __str__(self) -> str:
         place = UserError("", file=self.where, line=self.line).place

@@ -380,6 +380,8 @@ def test_the_command(recipe, tmp_path, llama):
     done = recipe.ok("check", "mine.yaml", "--show-tokens", "2")
     assert "⟪Can we turn" in done.stdout
     assert done.stdout.count("</s>⟫") == 2
+    rows = recipe.json("check", "mine.yaml", "--show-tokens", "2")
+    assert [row["text"].count("</s>⟫") for row in rows] == [1, 1]
     elsewhere = ("--set", "datasets.0.path=x/y", "--set", "test_datasets.0.path=x/y")
     unknown = recipe.fails("check", NAME, *elsewhere, "--show-tokens", "1")
     assert "codellama/CodeLlama-7b-hf" in unknown.stderr
