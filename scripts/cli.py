@@ -18,7 +18,7 @@ from click.exceptions import NoSuchCommand
 from .base import paths
 from .base.errors import UserError, WorkFailed
 from .base.files import DISK_FULL
-from .base.terminal import say, show_messages
+from .base.terminal import QUIET, show_messages, warn
 from .commands.help import RecipeGroup
 
 FIRST_STEPS = """\
@@ -102,7 +102,11 @@ def _options(
         str | None,
         typer.Option(metavar="DIR", help="Folder of all runs; default: $QLORA_RUNS, or runs."),
     ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show only results and problems.")] = False,
 ) -> None:
+    if quiet:
+        os.environ[QUIET] = "1"  # also for child commands
+        show_messages()
     if runs:
         os.environ[paths.RUNS] = runs  # also for child commands
 
@@ -189,5 +193,5 @@ def _in_words(error: OSError) -> str:
 
 
 def _refused(problem: str, code: int) -> int:
-    say(f"recipe: {problem}")
+    warn(f"recipe: {problem}")
     return code

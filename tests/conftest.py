@@ -193,7 +193,8 @@ def recipe(
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
-            patch.setenv(paths.RUNS, "")  # which the command sets
+            for variable in (paths.RUNS, terminal.QUIET):  # which the command sets
+                patch.setenv(variable, "")
             code = cli.main(words)
         said = capsys.readouterr()
         return subprocess.CompletedProcess(words, code, said.out, said.err)

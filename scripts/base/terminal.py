@@ -1,6 +1,7 @@
 """Messages and progress of a command, on stderr, without secrets."""
 
 import logging
+import os
 import re
 import sys
 import textwrap
@@ -8,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any, Self
@@ -18,6 +19,7 @@ import orjson
 from .files import Row, parse_json, reading
 from .secrets import masked
 
+QUIET = "QLORA_RECIPES_QUIET"  # set for --quiet, also for child commands
 PART = "QLORA_RECIPES_PART"  # set for commands that another command starts; only the outermost suggests next steps
 
 
@@ -56,20 +58,20 @@ def columns() -> int:
     return max(get_terminal_size().columns, 20)
 
 
-def say(text: str) -> None:
-    """Log a message without secrets; commands show it, see `show_messages`.
+def say(text: str, level: int = logging.INFO) -> None:
+    """Log a note without secrets; commands show it, see `show_messages`.
 
-    `hub.importing_axolotl` disables other messages below errors, so this one does not go through `Logger.info`.
+    `hub.importing_axolotl` disables other messages below errors, so this one does not go through `Logger.log`.
     """
-    if _LOG.getEffectiveLevel() <= logging.INFO:
-        _LOG.handle(_LOG.makeRecord(_LOG.name, logging.INFO, __file__, 0, masked(text), (), None))
+    if _LOG.getEffectiveLevel() <= level:
+        _LOG.handle(_LOG.makeRecord(_LOG.name, level, __file__, 0, masked(text), (), None))
 
 
 def show_messages() -> None:
-    """Show messages on stderr from now on, as the commands do."""
+    """Show messages on stderr from now on, as the commands do; with --quiet, only problems."""
     if not _LOG.handlers:
         _LOG.addHandler(_Stderr())
-    _LOG.setLevel(logging.INFO)
+    _LOG.setLevel(logging.WARNING if os.environ.get(QUIET) else logging.INFO)
     _LOG.propagate = False  # other handlers of the process would repeat them
 
 
@@ -91,9 +93,15 @@ def _write(text: str) -> None:
 
 
 @cache
-def say_once(text: str) -> None:
+def say_once(text: str, level: int = logging.INFO) -> None:
     """Log a line only once per process."""
-    say(text)
+    say(text, level)
+
+
+warn = partial(say, level=logging.WARNING)
+"""Log a problem."""
+warn_once = partial(say_once, level=logging.WARNING)
+"""Log a problem only once per process."""
 
 
 @cache
@@ -121,7 +129,7 @@ class Bar:
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
             console=_console(),
-            disable=not _console().is_terminal,
+            disable=not _console().is_terminal or _LOG.level > logging.INFO,
             speed_estimate_period=600,
         )
         self.note = ""

@@ -7,7 +7,7 @@ import typer
 
 from ..base import tables
 from ..base.errors import meant
-from ..base.terminal import Bar, say
+from ..base.terminal import Bar, warn
 from .help import RecipeCommand, RecipeGroup, suggest
 from .options import Json, complete_studies, repeatable_option, several_arguments
 
@@ -85,7 +85,7 @@ def prepare_command(
             prepared = manifests[form.folder] = prepare.prepare(files, folder, study, name)
         for split in prepared["splits"].values():
             for subset, reason in split.get("left_out", {}).items():
-                say(f"{subset}.jsonl: not written: {reason}")
+                warn(f"{subset}.jsonl: not written: {reason}")
         if json:
             continue
         tables.print_table(manifest.table(prepared), below=["left out"])

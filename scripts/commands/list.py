@@ -10,7 +10,7 @@ import typer
 from ..base import paths, tables, yamlfiles
 from ..base.errors import UserError, recipe_command
 from ..base.files import Row, read_json
-from ..base.terminal import harmless, say
+from ..base.terminal import harmless, warn
 from .help import RecipeCommand, suggest
 from .options import Json, Name, complete_recipes, recipe_argument, recipe_or_run
 
@@ -70,7 +70,7 @@ def _listed() -> list[Row]:
         try:
             rows.append(_row(name, file, studies) | hours.get(name, unknown))
         except UserError as error:
-            say(str(error))
+            warn(str(error))
     return rows
 
 
@@ -108,7 +108,7 @@ def _declared(folder: Path) -> yamlfiles.Config:
     try:
         return yamlfiles.read_yaml(folder / "study.yaml", yamlfiles.WrittenLoader)
     except UserError as error:
-        say(str(error))
+        warn(str(error))
         return {}
 
 

@@ -13,7 +13,7 @@ from ..base import paths, tables
 from ..base.errors import UserError
 from ..base.files import Row, read_json
 from ..base.paths import find_recipe
-from ..base.terminal import say
+from ..base.terminal import say, warn
 from ..config import gpus
 from ..config.merging import Override, parse_override
 
@@ -349,7 +349,7 @@ def report_problems(problems: dict[str, str]) -> None:
         typer.Exit: code 1 if there is a problem.
     """
     for name, problem in problems.items():
-        say(f"{name}: {problem}")
+        warn(f"{name}: {problem}")
     if problems:
         raise typer.Exit(1)
 
@@ -391,6 +391,6 @@ def show_and_exit(
         show()
     for result in results:
         if result.problem:
-            say(f"{result.label}: {result.problem}")
+            warn(f"{result.label}: {result.problem}")
     if code := pipeline.exit_code(results):
         raise typer.Exit(code)

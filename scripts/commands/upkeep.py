@@ -9,7 +9,7 @@ import typer
 
 from ..base import paths, tables
 from ..base.errors import UserError, WorkFailed, meant
-from ..base.terminal import Bar, say
+from ..base.terminal import Bar, say, warn
 from .help import RecipeCommand, RecipeGroup, suggest
 from .options import Force, Json, RunNames, StudyName, complete_studies, refuse_together, several_arguments
 
@@ -92,7 +92,7 @@ def render_command(
             for file in render.write(rendered, recipes):
                 print(file)
             for orphan in orphans:
-                say(orphan)
+                warn(orphan)
     if any(drifts):
         print("\n".join(filter(None, drifts)))
         raise WorkFailed(

@@ -10,7 +10,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, meant, recipe_command, require_plain
-from ..base.terminal import say_once
+from ..base.terminal import warn_once
 from ..base.yamlfiles import Config
 from ..metrics import registry
 from ..metrics.answers import GroupParameters
@@ -256,7 +256,7 @@ def _loaded(folder: Path) -> Study | None:
         return load(folder)
     except UserError as error:
         hint = f"see {recipe_command('study', 'check', folder.name)}"
-        say_once(f"warning: the study {folder.name} is left out: {error.summary}; {hint}")
+        warn_once(f"warning: the study {folder.name} is left out: {error.summary}; {hint}")
         return None
 
 

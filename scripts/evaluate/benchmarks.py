@@ -14,7 +14,7 @@ from ..base.errors import UserError, WorkFailed, with_type
 from ..base.files import Row, digest
 from ..base.hub import importing_axolotl
 from ..base.processes import bounded
-from ..base.terminal import Bar, say
+from ..base.terminal import Bar, warn
 from ..base.yamlfiles import Config
 from ..check.code_rules import READ_IT, leaves
 from ..config import datafiles, keys
@@ -155,7 +155,7 @@ def _measure(columns: Mapping[str, Column], prompter: "Prompter", options: Measu
         except Exception as error:  # tasks run code of their own
             problem = f"{columns[name].label}: the task {task} fails: {with_type(error)}"
             if options.rehearsal and isinstance(error, OSError):  # includes the hub's errors
-                say(f"{problem}; the rehearsal leaves this task out")
+                warn(f"{problem}; the rehearsal leaves this task out")
                 continue
             remedy = "repeat the command to continue, with a smaller --batch-size if memory is short"
             raise WorkFailed(f"{problem}; predictions are kept; {remedy}") from error

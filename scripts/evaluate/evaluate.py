@@ -11,7 +11,7 @@ from ..base.files import Row, tensor_shapes
 from ..base.hub import importing_axolotl
 from ..base.processes import held, now
 from ..base.run_files import RunFile
-from ..base.terminal import Bar, say, say_once
+from ..base.terminal import Bar, say, warn_once
 from ..base.yamlfiles import Config
 from ..config import substitution
 from ..config.numerics import precision, quantized
@@ -207,7 +207,7 @@ def evaluate_run(run_dir: RunDir, request: EvaluationRequest) -> Evaluation:
     if plan.run.state != "finished":
         say(f"{run_dir.path}: the run is {plan.run.state} at step {plan.summary.step} of {plan.summary.max_steps}")
     if plan.run.recipe_note:
-        say_once(plan.run.recipe_note)  # also with --base
+        warn_once(plan.run.recipe_note)  # also with --base
     folder = plan.folder
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / RunFile.EVALUATION_LOCK, "another evaluation is running"):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..base.errors import WorkFailed
 from ..base.files import embedding_rows, read_json
-from ..base.terminal import say
+from ..base.terminal import warn
 from ..base.yamlfiles import Config
 from ..config import models
 from .scores_file import ADAPTER
@@ -43,7 +43,7 @@ def require_equal(config: Config, adapter: Path, merged: Path) -> None:
     needed, free = _COPIES * models.weights_bytes(merged), psutil.virtual_memory().available
     if needed > free:
         gigabytes = f"{needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} are free"
-        say(f"{merged}: not compared with the trained model: this needs {gigabytes}")
+        warn(f"{merged}: not compared with the trained model: this needs {gigabytes}")
         if lost := models.lost_in_merge(config, read_json(merged / "config.json")):  # the base model's
             raise WorkFailed(f"{adapter}: Axolotl's merge loses the trained {', '.join(lost)}; {_REMEDY}")
         return

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..base.errors import UserError
 from ..base.files import Row, read_rows
-from ..base.terminal import Bar, say_once
+from ..base.terminal import Bar, warn_once
 from ..config import substitution
 from ..data import studies
 from ..metrics import registry
@@ -142,7 +142,7 @@ def scorer_models(columns: Mapping[str, Column], requested: str | None, rehearsa
     for name, declared in declared_models(columns).items():
         models[name] = scorer_model(declared, requested, rehearsal)
         if models[name] is None and requested is None:
-            say_once(
+            warn_once(
                 f"{columns[name].label}: not computed, because {declared.model} is not on this machine; fetch it with "
                 f"`--metric bertscore:{declared.model}`"
             )

@@ -23,7 +23,7 @@ from ..base.files import (
     sha256,
 )
 from ..base.run_files import RunFile
-from ..base.terminal import say_once
+from ..base.terminal import warn_once
 from ..metrics import registry
 from ..metrics.metric import Column, ScoreRecord
 from ..training.run_record import FileState, RecordVersion
@@ -208,7 +208,7 @@ def read_scores(folder: Path) -> Evaluation | None:
     except FileNotFoundError:
         return None
     except registry.WrongMetric as error:
-        say_once(f"{folder / SCORES}: {error}; install the metric's package, or score it anew with `recipe evaluate`")
+        warn_once(f"{folder / SCORES}: {error}; install the metric's package, or score it anew with `recipe evaluate`")
         return None
     except (OSError, TypeError, ValueError):
         _report(folder / SCORES, problem)
@@ -229,7 +229,7 @@ def read_predictions(folder: Path) -> list[Row]:
 
 
 def _report(file: Path, problem: str) -> None:
-    say_once(f"{file}: {problem}; recreate it with `recipe evaluate`")
+    warn_once(f"{file}: {problem}; recreate it with `recipe evaluate`")
 
 
 def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row], part: Path | None) -> None:

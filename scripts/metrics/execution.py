@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row
-from ..base.terminal import say_once
+from ..base.terminal import warn_once
 from .execution_worker import Query
 from .metric import METRICS, Pair, Parameters, RowMetric
 
@@ -59,7 +59,7 @@ class ExecutionMetric(RowMetric):
         verdicts = [verdict for part in parts for verdict in part]
         failed = [verdict for verdict in verdicts if isinstance(verdict, str)]
         if failed:
-            say_once(
+            warn_once(
                 f"warning: {self.name}: {len(failed)} of {len(rows)} expected queries fail, so their rows score 0 "
                 f"({failed[0]}); correct the queries or `databases`"
             )

@@ -10,7 +10,7 @@ from ..base import tables
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.tables import Table
-from ..base.terminal import say
+from ..base.terminal import say, warn
 from ..base.yamlfiles import on_one_line
 from ..run import backends
 from ..run.rundir import RunDir
@@ -81,7 +81,7 @@ class Comparison:
                 error = UserError("its scores are missing or stale, and not compared", key=label, remedy=remedy)
                 if len(self.runs) == 1:
                     raise error
-                say(str(error))
+                warn(str(error))
         if len(evaluated) < 2:
             return None
         (first, scored), *further = zip(
@@ -95,7 +95,7 @@ class Comparison:
                 if len(self.runs) < 2:
                     raise
                 compared = []
-                say(f"scores of {first} and {label} are not compared: {error}")
+                warn(f"scores of {first} and {label} are not compared: {error}")
             for row in compared:
                 means = {first: row.pop("a"), label: row.pop("b")}
                 rows.append({"score": None, "rows": None} | dict.fromkeys(evaluated) | row | means)

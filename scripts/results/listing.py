@@ -7,7 +7,7 @@ from typing import Any
 from ..base import tables
 from ..base.files import Row
 from ..base.tables import Table
-from ..base.terminal import say
+from ..base.terminal import warn
 from ..base.yamlfiles import Config, write_flow
 from ..config.merging import Override
 from ..config.training_settings import TrainingSettings
@@ -37,7 +37,7 @@ def show(folders: Sequence[RunDir], json: bool) -> None:
     results = [RunResult(folder, run) for folder, run in readable(folders, backends.read)]
     changed = [result.folder.quoted for result in results if result.changed]
     if changed:
-        say(f"evaluations that are stale or edited: {len(changed)}; for the last, run `recipe evaluate {changed[-1]}`")
+        warn(f"evaluations that are stale or edited: {len(changed)}; for the last, run `recipe evaluate {changed[-1]}`")
     records = (record(result) for result in results)
     tables.show(json, records, _tables(results))
 

@@ -15,7 +15,7 @@ from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.hub import importing_axolotl
 from ..base.processes import make_once, start_child
 from ..base.run_files import RunFile
-from ..base.terminal import Bar, say
+from ..base.terminal import Bar, say, warn
 from ..config import substitution
 from ..evaluate.scores_file import ADAPTER, about_rows
 from ..run import backends, launch, trust
@@ -152,7 +152,7 @@ def _report_evaluation(result: RunResult) -> None:
     folder, about = result.folder, about_rows(result.evaluation)
     if result.evaluation is None:
         problem = result.changed or "not evaluated"
-        say(f"{folder.path}: {problem}; for scores, run `recipe evaluate {folder.quoted}` and repeat this command")
+        warn(f"{folder.path}: {problem}; for scores, run `recipe evaluate {folder.quoted}` and repeat this command")
     elif about:
         say(f"{folder.path}: scored {about}")
 

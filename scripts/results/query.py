@@ -17,7 +17,7 @@ from ..base.errors import UserError, did_you_mean
 from ..base.files import Row, read_json
 from ..base.secrets import without_secrets
 from ..base.tables import print_table
-from ..base.terminal import say, say_once
+from ..base.terminal import say, warn_once
 from ..base.yamlfiles import write_flow
 from ..metrics.metric import METRICS
 from ..metrics.registry import EVAL_LOSS
@@ -174,7 +174,7 @@ class _Reader:
             else:
                 value = result.setting(name)
         except UserError as error:
-            say_once(str(error))
+            warn_once(str(error))
             return None
         if value is not None:
             self.seen.add(name)

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import digest, read_bytes
-from ..base.terminal import say
+from ..base.terminal import warn
 from ..base.yamlfiles import Config
 from ..config.compose import MIRROR, TRACKERS
 from ..config.gpus import catalogue
@@ -218,7 +218,7 @@ def records(study: Study) -> list[Record]:
             try:
                 valid.append(read(file, study))
             except UserError as error:
-                say(str(error))
+                warn(str(error))
     return valid
 
 

@@ -20,7 +20,7 @@ from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, opened, reserved, where_full
 from ..base.processes import now, start_child, stop_requests
 from ..base.run_files import RunFile
-from ..base.terminal import TrainingProgress, say, say_once
+from ..base.terminal import TrainingProgress, say, warn_once
 from ..base.yamlfiles import Config
 from ..config import datafiles, merging
 from ..config.finding import FIRST_LOSS, MODEL, SIGNALS, Finding
@@ -366,7 +366,7 @@ def _launch(command: list[str], run_dir: RunDir, record: Run, log: Path, *locks:
 
         def report_trouble(record: Row) -> None:
             for finding in record.get("findings", ()):
-                say_once(f"  {Finding('warning', **finding).text}")
+                warn_once(f"  {Finding('warning', **finding).text}")
 
         progress = TrainingProgress(run_dir.metrics, report_trouble)  # created before the process writes metrics
         child = start_child(

@@ -14,7 +14,7 @@ from ..base import hardware, paths, yamlfiles
 from ..base.errors import UserError, recipe_command
 from ..base.files import sha256, write_atomically
 from ..base.processes import now
-from ..base.terminal import Bar, say, say_once
+from ..base.terminal import Bar, say, say_once, warn
 from ..base.yamlfiles import Config
 from ..check import check
 from ..config import datafiles, gpus, keys, substitution
@@ -65,7 +65,7 @@ def compose_and_check(request: Request, backend: Backend) -> Composed:
 
 def _print(findings: Iterable[Finding]) -> None:
     for finding in findings:
-        say(str(finding))
+        warn(str(finding))
 
 
 def start(request: Request, backend: Backend) -> RunDir:
@@ -145,7 +145,7 @@ def resume(
             "code; if you trust the author, add --trust"
         )
     if record.recipe_note:
-        say(record.recipe_note)
+        warn(record.recipe_note)
     substitution.restore(folder.config)
     result = TaskResult(record.recipe)
 

@@ -20,7 +20,7 @@ from ..base.errors import UserError, meant
 from ..base.files import Row, parse_json, read_bytes, write_atomically
 from ..base.processes import LOCK_TIMEOUT, held, is_held
 from ..base.run_files import RunFile
-from ..base.terminal import say, say_once
+from ..base.terminal import say, warn, warn_once
 from ..base.yamlfiles import Config, read_yaml
 from ..config.finding import Finding
 from ..training.checkpoints import damage, step_of
@@ -198,7 +198,7 @@ class RunDir:
         except FileNotFoundError:
             return
         except OSError as error:
-            say_once(f"{self.metrics}: {error.strerror}; skipped")
+            warn_once(f"{self.metrics}: {error.strerror}; skipped")
             return
         for line in content.split(b"\n"):
             try:
@@ -209,7 +209,7 @@ class RunDir:
             except orjson.JSONDecodeError:
                 continue  # last line of a killed process, or an empty line
             except (TypeError, ValidationError):
-                say_once(f"{self.metrics}: damaged lines skipped")
+                warn_once(f"{self.metrics}: damaged lines skipped")
 
     def last_checkpoint(self) -> Path | None:
         """Newest valid checkpoint, or None; reports damaged checkpoints on stderr.
@@ -222,7 +222,7 @@ class RunDir:
             problem = damage(by_step[step], self.read().ranks)
             if problem is None:
                 return by_step[step]
-            say(f"{by_step[step].name} is damaged and skipped: {problem}")
+            warn(f"{by_step[step].name} is damaged and skipped: {problem}")
         return None
 
 
@@ -407,4 +407,4 @@ def readable(folders: Sequence[RunDir], read: Callable[[RunDir], Run] = RunDir.r
         try:
             yield folder, read(folder)
         except UserError as error:
-            say(str(error))
+            warn(str(error))

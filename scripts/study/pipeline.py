@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..base import paths
 from ..base.errors import UserError
-from ..base.terminal import say, say_once
+from ..base.terminal import warn, warn_once
 from ..check import check
 from ..config import compose, datafiles
 from ..config.compose import Request
@@ -209,7 +209,7 @@ class Pipeline:
         self.result.steps["check"] = DONE
         for finding in findings:
             if finding.level == "warning":
-                say_once(self._text_of(finding))  # only once if other pipelines or another check have found it
+                warn_once(self._text_of(finding))  # only once if other pipelines or another check have found it
         return True
 
     def _text_of(self, warning: Finding) -> str:
@@ -226,7 +226,7 @@ class Pipeline:
         try:
             required = self.needed_gib = self._required_gib()
         except UserError as error:
-            say(f"{self.result.label}: not planned: {error}")
+            warn(f"{self.result.label}: not planned: {error}")
             self.result.steps["plan"] = "not known"
             return True
         if self._exceeds_memory(required) and TOO_BIG not in self.request.force:

@@ -13,7 +13,7 @@ from ..base.errors import UserError, WorkFailed, meant
 from ..base.files import Row
 from ..base.hardware import GIB
 from ..base.processes import LOCK_TIMEOUT, held
-from ..base.terminal import Bar, say
+from ..base.terminal import Bar, say, warn
 from ..config import datafiles, models
 from ..config.compose import MIRROR, Composed, Request
 from ..config.gpus import Gpu
@@ -439,7 +439,7 @@ def _fetch_adapter(study: Study, recipe: str, composed: Composed) -> Path:
     elif missing := data.missing(files):
         raise UserError(f"{recipe}: a rehearsal does not fetch the adapter; run {data.fetch_command(missing)}")
     if any(not data.files[file].sha256 for file in files):
-        say(f"{recipe}: adapter not verified, because study.yaml lacks checksums for the files")
+        warn(f"{recipe}: adapter not verified, because study.yaml lacks checksums for the files")
     folder = data.raw / published.adapter
     if published.adapter_format:
         folder = convert_to_peft(folder, published.adapter_format)

@@ -17,7 +17,7 @@ from ..base.errors import UserError, meant, recipe_command
 from ..base.files import parse_json, read_bytes, write_atomically
 from ..base.paths import find_recipe
 from ..base.processes import held, now
-from ..base.terminal import Bar, say
+from ..base.terminal import Bar, warn
 from ..base.yamlfiles import Config
 from ..config import merging
 from ..config.compose import Request
@@ -281,7 +281,7 @@ def _plan(trials: list[Trial], pipelines: list[Pipeline], starts: bool) -> None:
             if not starts:
                 _skip_finished_steps(pipeline)
             elif pipeline.result.problem:
-                say(f"{pipeline.result.label}: {pipeline.result.problem}")
+                warn(f"{pipeline.result.label}: {pipeline.result.problem}")
             bar.update(done)
 
 

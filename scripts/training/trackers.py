@@ -10,7 +10,7 @@ from pydantic import with_config
 
 from ..base.errors import first_line
 from ..base.secrets import masked
-from ..base.terminal import say
+from ..base.terminal import warn
 from ..metrics.metric import ScoreRecord
 
 Tracker = Literal["mlflow", "tensorboard", "trackio", "wandb"]
@@ -48,7 +48,7 @@ def add_scores(runs: Sequence[TrackedRun], scores: Mapping[str, ScoreRecord]) ->
             with redirect_stdout(sys.stderr):  # stdout has the scores
                 _WRITERS[run["tracker"]](run, values)
         except Exception as error:  # servers, stores and packages can raise any exception
-            say(f"  {run['tracker']}: the scores were not added to {run['place']}: {first_line(error)}")
+            warn(f"  {run['tracker']}: the scores were not added to {run['place']}: {first_line(error)}")
 
 
 def _read_mlflow() -> TrackedRun | None:

@@ -184,6 +184,13 @@ def test_list_show_and_diff_print_data(recipe):
     assert recipe.json("results") == []
 
 
+def test_quiet_hides_notes_and_keeps_results_and_problems(recipe):
+    quiet, loud = recipe.ok("-q", "list", "start"), recipe.ok("list", "start")
+    assert quiet.stdout == loud.stdout
+    assert (quiet.stderr, loud.stderr) == ("", "next: recipe run start/lora --rehearse\n")
+    assert recipe.fails("-q", "show", "none").stderr == recipe.fails("show", "none").stderr != ""
+
+
 def test_list_shows_published_scores_with_all_their_digits(recipe):
     _, _, *rows = recipe.ok("list", "axolotl-alpaca2k").stdout.splitlines()
     scores = {row.split()[0]: row.split()[-2] for row in rows if row}
