@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base import paths
+from .base.processes import prepare_environment
 from .config.merging import Override
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .run.rundir import RunDir
     from .training.run_record import State
 
+prepare_environment()  # before torch is imported
 Settings = Mapping[str, Any]
 """Values of config keys; a key in an inner map is written with dots, and None deletes a key."""
 NONE: Settings = {}

@@ -18,6 +18,7 @@ from click.exceptions import NoSuchCommand
 from .base import paths
 from .base.errors import UserError, WorkFailed
 from .base.files import DISK_FULL
+from .base.processes import prepare_environment
 from .base.terminal import QUIET, show_messages, warn
 from .commands.help import RecipeGroup
 
@@ -120,12 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 the work failed, 2 the request was wrong.
     """
-    # torch's threads would wait in busy loops; with other processes running, training is then many times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_environment()
     # skip pydantic's search of all packages for plugins, which takes 0.1 s
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    # make CUDA number GPUs as the driver does, in this process and its children
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     # a notebook's kernel sets its own backend, which breaks the import of matplotlib in this environment
     os.environ["MPLBACKEND"] = "agg"
     if argv is None:  # not called from Python: SIGTERM ends the process like Ctrl-C and removes temporary files

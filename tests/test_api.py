@@ -31,6 +31,13 @@ def example() -> str:
     return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
 
 
+def test_trainings_wait_as_those_of_the_command():
+    code = "import os; from qlora_recipes import api; print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "PASSIVE\n"
+
+
 def test_recipes_are_those_of_a_pattern(place):
     assert api.recipes("haider2024/llama-3*") == [f"haider2024/llama-3{size}" for size in ("-8b", ".1-8b", ".2-3b")]
 
