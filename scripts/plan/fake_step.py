@@ -7,10 +7,12 @@ module imports torch, transformers, PEFT and bitsandbytes.
 import gc
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 from warnings import catch_warnings
@@ -23,6 +25,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, prepare_
 from safetensors.torch import save
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
@@ -30,15 +33,18 @@ from transformers.initialization import no_init_weights
 from ..training.losses import chunked_loss
 from .allocator import MIB, Counts, MemoryTrace, Shape, lasting, ordered
 from .cuda import Recorder, cuda_attention, cuda_dropout, cuda_softmax
-from .steps import Step
+from .steps import Reference, Step
 
 
 @contextmanager
-def _fake(step: Step) -> Iterator[None]:
+def _fake(step: Step, reference: Reference | None = None) -> Iterator[None]:
     """Run the block on fake CPU tensors that behave like GPU tensors."""
     with ExitStack() as stack:
         for context in (*_torch_contexts(), *_bitsandbytes_patches(), *_model_patches(step)):
             stack.enter_context(context)
+        if reference and step.capability:
+            for context in _pair_patches():
+                stack.enter_context(context)
         yield
 
 
@@ -84,15 +90,30 @@ def _model_patches(step: Step) -> list[AbstractContextManager[Any]]:
     return patches
 
 
-def _build(step: Step, recorder: Recorder) -> Any:
+class _NoKernel:
+    """Triton kernel without effect."""
+
+    def __getitem__(self, _: Any) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def _pair_patches() -> list[AbstractContextManager[Any]]:
+    """Patches that let TRL take the way of a GPU to log-probabilities, and the reference model that to its layers."""
+    return [
+        patch("trl.trainer.utils._supports_trl_loss_kernel", lambda *_: True),
+        patch("trl.kernels.logprob_entropy._forward_kernel", _NoKernel()),
+        patch("trl.kernels.logprob_entropy._backward_kernel", _NoKernel()),
+        patch("bitsandbytes.nn.modules.has_avx512bf16", lambda: False),
+    ]
+
+
+def _build(step: Step, recorder: Recorder, reference: Reference | None = None) -> Any:
     """Make the model of fake tensors, and record its storages by kind."""
-    model = _base_model(step)
-    if step.is_quantized:
-        _quantize(step, model, recorder)
-    for tensor in (*model.parameters(), *model.buffers()):
-        recorder.add(tensor, "base weights")
+    model = _loaded(step, recorder)
     with recorder:
         model = _trainable(step, model)
+        if reference and step.is_quantized:
+            _cast_adapters(model)
     model.train()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.requires_grad and step.adapter:
@@ -102,6 +123,27 @@ def _build(step: Step, recorder: Recorder) -> Any:
         else:
             recorder.add(tensor, "base weights")
     return model
+
+
+def _loaded(step: Step, recorder: Recorder) -> Any:
+    """Model as it is loaded: quantized if the step's is, and recorded."""
+    model = _base_model(step)
+    if step.is_quantized:
+        _quantize(step, model, recorder)
+    for tensor in (*model.parameters(), *model.buffers()):
+        recorder.add(tensor, "base weights")
+    return model
+
+
+def _reference_model(step: Step, recorder: Recorder) -> Any:
+    """Second model for the reference, which Axolotl loads as the first one, without adapters."""
+    model = _loaded(step, recorder)
+    with recorder:
+        model = _prepared(step, model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        recorder.add(tensor, "reference model")
+    model.forward = _forward(step, model)
+    return model.eval()
 
 
 def _base_model(step: Step) -> Any:
@@ -169,8 +211,8 @@ def _in_4_bits(step: Step, layer: nn.Linear, recorder: Recorder) -> nn.Module:
     return quantized
 
 
-def _trainable(step: Step, model: Any) -> Any:
-    """Prepare the model for training: adapters, dtypes and checkpointing."""
+def _prepared(step: Step, model: Any) -> Any:
+    """Model with the dtypes of a training, without adapters."""
     if step.is_quantized:
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = step.adapter == "qlora", step.adapter == "lora"
         model.is_quantized = True
@@ -179,6 +221,12 @@ def _trainable(step: Step, model: Any) -> Any:
         _convert_embeddings(step, model)
     elif not step.adapter:
         model.float()
+    return model
+
+
+def _trainable(step: Step, model: Any) -> Any:
+    """Prepare the model for training: adapters, dtypes and checkpointing."""
+    model = _prepared(step, model)
     if step.adapter:
         model = get_peft_model(model, _lora_config(step), autocast_adapter_dtype=step.fp32_adapters)
     if step.checkpointing:
@@ -186,6 +234,13 @@ def _trainable(step: Step, model: Any) -> Any:
     if _requires_input_gradients(step):
         model.enable_input_require_grads()
     return model
+
+
+def _cast_adapters(model: nn.Module) -> None:
+    """Convert adapters of a quantized base model as TRL's DPO trainer does (trl/trainer/dpo_trainer.py)."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _convert_embeddings(step: Step, model: nn.Module) -> None:
@@ -281,7 +336,73 @@ def _inputs(step: Step, shape: Shape) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _evaluate(step: Step, model: Any, shape: Shape) -> None:
+Batch = tuple[torch.Tensor, Any]
+"""Loss of a batch, and what a training keeps of it until its next step."""
+
+
+class _AllAnswers(TorchDispatchMode):
+    """Mode for operations whose result depends on values, which fake tensors lack: each token belongs to an answer."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        if function is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool:
+            tensor, [mask] = args
+            return tensor.new_empty((mask.numel(), *tensor.shape[mask.ndim :]))
+        return function(*args, **(kwargs or {}))
+
+
+class _PairsTrainer(SimpleNamespace):
+    """The attributes of TRL's DPO trainer that its loss reads, as Axolotl sets them."""
+
+    def __init__(self, step: Step, model: Any, reference: Reference, recorder: Recorder):
+        model.forward = _forward(step, model)
+        super().__init__(
+            model=model,
+            ref_model=_reference_model(step, recorder) if reference.is_model else None,
+            precompute_ref_logps=reference.is_precomputed,
+            accelerator=SimpleNamespace(device="cpu", unwrap_model=_same, gather=_same, gather_for_metrics=_same),
+            args=SimpleNamespace(gradient_checkpointing_kwargs={"use_reentrant": step.checkpointing == "reentrant"}),
+            beta=0.1,
+            loss_types=["sigmoid"],
+            loss_weights=[1.0],
+            label_smoothing=0.0,
+            f_divergence_type="reverse_kl",
+            ld_alpha=None,
+            use_weighting=False,
+            use_liger_kernel=False,
+            aux_loss_enabled=False,
+            _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+            _total_train_tokens=0,
+            _tp_size=1,
+        )
+
+    def batch(self, _: Step, model: Any, shape: Shape) -> Batch:
+        """Loss of a batch of pairs; a pair has two rows."""
+        from trl import DPOTrainer
+
+        inputs = {"input_ids": torch.zeros(shape, dtype=torch.long)}
+        for name in ("attention_mask", "completion_mask"):
+            inputs[name] = torch.ones(shape, dtype=torch.long)
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            inputs[name] = torch.zeros(shape[0] // 2)
+        trainer: Any = self
+        with _AllAnswers():
+            return DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False), None
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _rows(step: Step, model: Any, shape: Shape) -> Batch:
+    """Loss of a batch of rows; Trainer.compute_loss and training_step free the rest before the backward pass."""
+    inputs = _inputs(step, shape)
+    outputs = _forward(step, model)(**inputs)
+    return outputs["loss"], None if step.axolotl else (inputs, outputs)
+
+
+def _evaluate(step: Step, model: Any, batch: Callable[[Step, Any, Shape], Batch], shape: Shape) -> None:
     """Run one batch as transformers' Trainer evaluates, which keeps no logits of a batch (prediction_step).
 
     Several rows need a mask, even if a training micro batch is a single row.
@@ -289,21 +410,23 @@ def _evaluate(step: Step, model: Any, shape: Shape) -> None:
     model.eval()
     padded = step.padded or (shape[0] > 1 and not step.packed)
     with torch.no_grad():
-        _forward(step, model)(**_inputs(replace(step, padded=padded), shape))
+        batch(replace(step, padded=padded), model, shape)
 
 
-def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor], optimizer: Any, shape: Shape) -> None:
+def _run(
+    step: Step,
+    recorder: Recorder,
+    model: Any,
+    trained: list[torch.Tensor],
+    optimizer: Any,
+    micro_batch: Callable[[], Batch],
+) -> None:
     """Run one micro batch forward and backward, then the optimizer step."""
-    forward = _forward(step, model)
     if step.accumulates:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
             recorder.add(parameter.grad, "gradients")
-    inputs = _inputs(step, shape)
-    outputs = forward(**inputs)
-    loss = outputs["loss"]
-    if step.axolotl:
-        del outputs, inputs  # Trainer.compute_loss and training_step free these before the backward pass
+    loss, _kept = micro_batch()
     loss.backward()
     del loss
     for parameter in trained:
@@ -315,14 +438,19 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
     model.zero_grad()
 
 
-def trace(step: Step, shape: Shape, evaluation: Shape | None = None) -> MemoryTrace:
-    """Trace the memory of a step with one micro batch shape, and of an evaluation if its shape is given."""
+def trace(step: Step, shape: Shape, evaluation: Shape | None = None, reference: Reference | None = None) -> MemoryTrace:
+    """Trace the memory of a step with one micro batch shape, and of an evaluation if its shape is given.
+
+    With a reference, the rows are the answers of preference pairs.
+    """
     recorder = Recorder(cuda=step.capability is not None)
     gc.disable()  # so that every trace frees reference cycles at the same points
     gc.freeze()  # so that gc.collect() skips older objects
     try:
-        with _fake(step):
-            model = _build(step, recorder)
+        with _fake(step, reference):
+            model, batch = _build(step, recorder, reference), _rows
+            if reference:
+                batch = _PairsTrainer(step, model, reference, recorder).batch
             parameters = _count(model)
             sizes = _sizes(model.config.get_text_config())
             if step.capability:
@@ -349,13 +477,13 @@ def trace(step: Step, shape: Shape, evaluation: Shape | None = None) -> MemoryTr
             recorder.vocabulary = sizes["vocabulary"]
             recorder.events = []
             with recorder:
-                _run(step, recorder, model, trained, optimizer, shape)
+                _run(step, recorder, model, trained, optimizer, partial(batch, step, model, shape))
             gc.collect()
             events = ordered(recorder.events)
             recorder.events = []
             if evaluation:
                 with recorder:
-                    _evaluate(step, model, evaluation)
+                    _evaluate(step, model, batch, evaluation)
                 gc.collect()
             evaluated = ordered(recorder.events)
     finally:

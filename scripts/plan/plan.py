@@ -250,20 +250,20 @@ def _reductions(config: Config, step_plan: StepPlan, gpu: Gpu, gpus: int) -> Ite
     """Changes that reduce the memory of a step, mildest first, each with its effect."""
     settings, step = TrainingSettings.of(config), step_plan.step
     if step_plan.more_in_evaluation:
-        limits = {"eval_batch_size": step_plan.rows, "eval_sequence_len": step_plan.length}
+        limits = {"eval_batch_size": settings.micro_batch_size, "eval_sequence_len": step_plan.length}
         yield {key: limit for key, limit in limits.items() if config.get(key)}, "evaluation batches as in training"
     if not step.checkpointing:
         yield {"gradient_checkpointing": True}, "the same gradients, a third more time"
-    if gpu.capability >= (8, 0) and not any(map(config.get, steps.LOSSES)):  # Triton requires capability 8.0
+    has_other_loss = step_plan.reference or any(map(config.get, steps.LOSSES))
+    if gpu.capability >= (8, 0) and not has_other_loss:  # Triton requires capability 8.0
         yield {"chunked_cross_entropy": True}, "the same loss, computed on an eighth of the tokens at a time"
     if _can_page_optimizer(config):
         bits = "8bit" if "8bit" in settings.optimizer else "32bit"
         effect = "the same steps; optimizer state leaves the GPU when the GPU is full"
         yield {"optimizer": f"paged_adamw_{bits}"}, effect
-    if step_plan.rows > 1:
-        rows = max(settings.rows_per_step, step_plan.rows)
+    if settings.micro_batch_size > 1:
         # a run divides the number among the GPUs, as it divided the config's
-        single_rows = {"micro_batch_size": 1, "gradient_accumulation_steps": rows * gpus}
+        single_rows = {"micro_batch_size": 1, "gradient_accumulation_steps": settings.rows_per_step * gpus}
         yield single_rows, "the same rows per step, one at a time"
     if step.adapter != "qlora" and not config.get("peft_use_dora"):  # its weight norms are not in a traced 4-bit layer
         yield _with_qlora(config), "a base model in 4 bits"

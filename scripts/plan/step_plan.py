@@ -24,7 +24,7 @@ from ..config.numerics import attention, precision
 from ..config.training_settings import TrainingSettings
 from . import allocator, steps
 from .allocator import Counts, Shape, Usage, rounded
-from .steps import Step
+from .steps import Reference, Step
 
 VERSION = 3
 """Version of the built-in and cached figures; raise it when the computation changes."""
@@ -79,15 +79,17 @@ class StepPlan:
 
     Attributes:
         step: the step.
-        rows: rows per micro batch.
+        rows: rows per micro batch; a preference pair has two.
         length: maximum number of tokens per row.
         evaluation: rows and tokens per row of an evaluation batch, if it can need more memory than a micro batch.
+        reference: the reference of preference pairs.
     """
 
     step: Step
     rows: int
     length: int
     evaluation: Shape | None = None
+    reference: Reference | None = None
 
     @property
     def shape(self) -> Shape:
@@ -99,8 +101,10 @@ class StepPlan:
     @property
     def key(self) -> str:
         """Hash of the step, its shapes, package versions and `VERSION`."""
-        evaluation = [self.evaluation] if self.evaluation else []
-        return digest([VERSION, packages(), asdict(self.step), self.shape, *evaluation])[:24]
+        optional: list[Any] = [self.evaluation] if self.evaluation else []
+        if self.reference:
+            optional.append(asdict(self.reference))
+        return digest([VERSION, packages(), asdict(self.step), self.shape, *optional])[:24]
 
     @property
     def file(self) -> Path:
@@ -153,7 +157,7 @@ class StepPlan:
 
             logging.disable(logging.CRITICAL)  # otherwise torch logs a traceback
             try:
-                traced = trace(self.step, self.shape, self.evaluation)
+                traced = trace(self.step, self.shape, self.evaluation, self.reference)
             except Exception as error:  # the trace runs model code, which can raise anything
                 problem = shorten(with_type(error), 200)
                 raise UserError(f"this model and adapter cannot be planned: {problem}") from None
@@ -170,20 +174,25 @@ def plan_step(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[S
     """
     capability = gpu.capability if gpu else least_capability(config)
     step, notes = steps.step_of(config, models.architecture(config, download), capability)
-    settings = TrainingSettings.of(config)
-    return StepPlan(step, settings.micro_batch_size, settings.sequence_len, _evaluation(config, settings)), notes
+    settings, reference = TrainingSettings.of(config), Reference.of(config)
+    rows, evaluation = settings.micro_batch_size, _evaluation(config, settings)
+    if reference:
+        rows *= 2
+    return StepPlan(step, rows, settings.sequence_len, evaluation, reference), notes
 
 
 def _evaluation(config: Config, settings: TrainingSettings) -> Shape | None:
     """Rows and tokens per row of an evaluation batch; None if it has at most those of a micro batch.
 
     Only rows of test_datasets can be longer than sequence_len (axolotl/utils/data/sft.py); pad_to_sequence_len pads
-    them to a multiple of it (core/builders/causal.py). A batch without gradients needs less memory than a micro batch
-    of the same shape.
+    them to a multiple of it (core/builders/causal.py). Preference pairs can not, and are not padded to it
+    (utils/data/rl.py). A batch without gradients needs less memory than a micro batch of the same shape.
     """
     if config.get("eval_strategy") == "no" or not (settings.val_set_size or config.get("test_datasets")):
         return None
     rows, length = settings.eval_batch_size, settings.sequence_len
+    if config.get("rl"):
+        return (2 * rows, rounded(length, ROUND)) if rows > settings.micro_batch_size else None
     if config.get("test_datasets"):
         length = settings.eval_sequence_len
     if rows <= settings.micro_batch_size and length <= settings.sequence_len:
@@ -267,8 +276,8 @@ def bytes_by_parallelism(step_plan: StepPlan, gpus: int) -> dict[str, float]:
     same dtype; bitsandbytes' optimizers do not work. Under QLoRA, embeddings and head are in fp32
     (should_convert_embedding_dtypes in axolotl/loaders/model.py).
 
-    Stage 3 and FSDP gather one layer or embedding at a time. None of them shards activations and logits. The estimate
-    ignores all other buffers.
+    Stage 3 and FSDP gather one layer or embedding at a time. None of them shards activations and logits. A second
+    model for the reference counts in full on each GPU. The estimate ignores all other buffers.
     """
     if gpus == 1:
         return {}

@@ -27,6 +27,27 @@ LOSSES = ("cut_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Origin of the reference's log-probabilities in a step on preference pairs.
+
+    Attributes:
+        is_model: a second model is loaded for it; otherwise the adapter is switched off.
+        is_precomputed: they are computed before the training.
+    """
+
+    is_model: bool
+    is_precomputed: bool
+
+    @classmethod
+    def of(cls, config: Config) -> "Reference | None":
+        """Reference of a config (setup_reference_model in axolotl/train.py); None without preference pairs."""
+        if not config.get("rl"):
+            return None
+        is_model = not config.get("adapter") or bool(config.get("rl_adapter_ref_model"))
+        return cls(is_model, bool(config.get("precompute_ref_log_probs")))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """Memory-relevant settings of a training step.
@@ -110,7 +131,7 @@ def step_of(config: Config, architecture: Config, capability: tuple[int, int]) -
         saved_modules=settings.saved_modules,
         dora=bool(config.get("peft_use_dora")),
         fp32_adapters=config.get("peft_autocast_adapter_dtype") is not False,
-        dropout=settings.dropout,
+        dropout=0.0 if config.get("rl") else settings.dropout,  # disable_dropout in trl/trainer/dpo_trainer.py
         quantization=INT8 if config.get("load_in_8bit") else quantization.get("bnb_4bit_quant_type", "nf4"),
         double_quantization=quantization.get("bnb_4bit_use_double_quant", True),
         checkpointing=_checkpointing(config),
@@ -164,7 +185,7 @@ def _layout(config: Config, settings: TrainingSettings, architecture: Config) ->
         return "flat" if settings.sample_packing else "plain"
     if settings.sample_packing:
         return "packed"
-    if settings.micro_batch_size > 1 or config.get("pad_to_sequence_len"):
+    if settings.micro_batch_size > 1 or config.get("pad_to_sequence_len") or config.get("rl"):
         return "padded"
     if implementation == "sdpa" and has_sliding_window(architecture.get("text_config", architecture)):
         return "padded"
@@ -188,8 +209,8 @@ def _refuse_unplannable(config: Config, settings: TrainingSettings, architecture
         raise UserError(f"adapter: {settings.adapter} cannot be planned; plans support lora, qlora or no adapter")
     if "quantization_config" in architecture:
         raise UserError("base_model: an already quantized model cannot be planned")
-    if config.get("rl"):
-        raise UserError("rl: preference training cannot be planned")
+    if config.get("rl") not in (None, "dpo", "ipo"):
+        raise UserError(f"rl: {config['rl']} cannot be planned; plans support dpo and ipo")
 
 
 def _substitutions(step: Step, config: Config) -> Iterator[str]:

@@ -31,7 +31,7 @@ class Lengths:
     """Counts of rows and tokens per epoch, all above 0.
 
     Attributes:
-        rows: number of training rows.
+        rows: number of training rows; a preference pair is one.
         rows_are: source of the row count.
         tokens: number of tokens without padding.
         padded: number of tokens with the padding of micro batches.
@@ -129,14 +129,15 @@ def work(composed: Composed, step_plan: StepPlan, gpu: Gpu | None, gpus: int, le
         lengths: counts of rows and tokens; without them every row counts at full length.
     """
     settings = TrainingSettings.of(composed.config)
-    lengths = lengths or _full(composed, settings.sequence_len)
+    answers = 2 if step_plan.reference else 1
+    lengths = lengths or _full(composed, answers * settings.sequence_len)
     tokens, origin = _tokens_of_training(settings, lengths, gpus)
     if lengths is None:
         rows, rows_are = None, ""
         per_token = flops_of_token(step_plan, settings.sequence_len)
     else:
         rows, rows_are = lengths.rows, lengths.rows_are
-        length = settings.sequence_len if settings.sample_packing else lengths.mean
+        length = settings.sequence_len if settings.sample_packing else lengths.mean // answers
         per_token = flops_of_token(step_plan, length) * (lengths.padded / lengths.tokens)
     rate = gpu.tflops * 1e12 * UTILIZATION * gpus / per_token if gpu and gpu.tflops else None
     hours = tokens / rate / 3600 if tokens and rate else None
@@ -180,10 +181,12 @@ def flops_of_token(step_plan: StepPlan, length: int) -> float:
     Each weight costs 2 operations forward, 2 for the input gradient and, if trained, 2 for the weight gradient. LoRA
     weights are trained. The output head counts; the embedding does not. In each layer, attention costs 4 * width *
     length / 2 forward (a token sees half the row on average), and twice as much backward. Checkpointing repeats the
-    forward pass.
+    forward pass, and the reference of preference pairs has one of its own, unless it is precomputed.
     """
     step, sizes, parameters = step_plan.step, step_plan.memory.sizes, step_plan.memory.parameters
     forward = 2 if step.checkpointing else 1  # number of forward passes
+    if step_plan.reference and not step_plan.reference.is_precomputed:
+        forward += 1
     operations = 0.0
     for kind, count in parameters.items():
         if kind not in ("norm", "embed_tokens", "vision_tower"):

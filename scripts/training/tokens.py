@@ -271,6 +271,10 @@ def trained_on(content: Config) -> tuple[list[int], float]:
     """
     with TemporaryDirectory() as folder:
         tokenizer = Tokenizer(content | {"dataset_prepared_path": folder, "test_datasets": None})
+        if content.get("rl"):
+            from . import preferences
+
+            return preferences.trained_on(tokenizer.cfg, tokenizer.tokenizer)
         sizes: list[int] = []
         for rows in tokenizer.split()[0].select_columns("input_ids").iter(1000):
             sizes += map(len, rows["input_ids"])

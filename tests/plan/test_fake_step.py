@@ -17,6 +17,7 @@ from memory_plugin import MEMORY, peak
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.files import write_rows
 from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.config import models
 from qlora_recipes.plan import allocator, fake_step, step_plan
@@ -205,3 +206,38 @@ def test_real_trainings_of_axolotls_allocate_what_is_planned(tmp_path, tiny, sam
         assert in_evaluation == pytest.approx(allocated, rel=0.001), kinds[turn]
         assert loaded == pytest.approx(real["loaded"], rel=0.005), kinds[turn]
         assert notes == []
+
+
+PAIRS = {  # changes of a training on pairs
+    "adapter off": {},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "second model": {"adapter": "lora", "load_in_4bit": None, "rl_adapter_ref_model": True},
+    "full, second model": {"adapter": None, "load_in_4bit": None, "optimizer": "adamw_torch"},
+}
+
+
+@pytest.mark.long
+def test_real_trainings_on_pairs_allocate_what_is_planned(tmp_path, tiny):
+    pairs, model = tmp_path / "pairs.jsonl", tmp_path / "model"
+    write_rows(pairs, [{"prompt": "a", "chosen": "It is so. " * 200, "rejected": "It is not. " * 9}] * 13)
+    base = change_of("llama", "sdpa", False, 1, tiny, pairs, model)
+    base |= {"rl": "dpo", "rl_beta": 0.1, "eval_sequence_len": None, "gradient_accumulation_steps": 1}
+    for section in ("datasets", "test_datasets"):
+        base[section] = [{"path": str(pairs), "type": "passthrough", "split": "train"}]
+    changes = {name: base | change for name, change in PAIRS.items()}
+    (tmp_path / "runs").mkdir()
+    for name, real in measured(tmp_path / "runs", changes).items():
+        config = config_with(changes[name] | {"fp16": False})
+        plan, notes = step_plan.plan_step(config, None)
+        assert (plan.shape, plan.evaluation, notes) == ((4, 320), (2 * ROWS, 320), [])
+        fake = trace(replace(plan.step, capability=None), plan.shape, plan.evaluation, plan.reference)
+        left = dict(fake.loaded)
+        loaded = sum(size for i, size in left.items() if size > 0 and fake.kinds[i] != "optimizer")
+        for part, planned, allocated, within in (
+            ("loaded", loaded, real["loaded"], 0.001),
+            ("step", peak(fake.loaded + fake.step), real["allocated"], 0.01),
+            ("evaluation", peak(fake.loaded + fake.evaluation), real["evaluation"]["allocated"], 0.01),
+        ):
+            print(f"{name}, {part}: planned {planned:,}, measured {allocated:,} bytes, {allocated / planned - 1:+.2%}")
+            assert planned == pytest.approx(allocated, rel=within), (name, part)

@@ -19,6 +19,7 @@ from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request
 from qlora_recipes.plan import allocator, disk, plan, step_plan, steps, work
 from qlora_recipes.plan.disk import Checkpoints
+from qlora_recipes.plan.steps import Reference
 from qlora_recipes.plan.work import TokenCount, Work
 
 TURING, AMPERE = (7, 5), (8, 0)
@@ -75,6 +76,8 @@ def test_a_recipe_becomes_its_step():
         ({"optimizer": "lion_8bit"}, "optimizer", "adamw_torch_fused"),
         ({"peft_use_dora": True}, "dora", True),
         ({"peft_autocast_adapter_dtype": False}, "fp32_adapters", False),
+        ({"rl": "dpo", "lora_dropout": 0.1}, "dropout", 0.0),
+        ({"rl": "dpo", "micro_batch_size": 1}, "padded", True),  # a pair has two rows
     ],
 )
 def test_settings_that_memory_depends_on(change, field, value):
@@ -106,6 +109,8 @@ NOTES = [
     ),
     (OFFLOADED, "weights or optimizer state in main memory: not planned; training needs less GPU memory"),
     ({"do_causal_lm_eval": True}, f"do_causal_lm_eval: {MORE}"),
+    ({"dpo_use_liger_kernel": True}, f"dpo_use_liger_kernel: {LESS}"),
+    ({"dpo_use_weighting": True}, f"dpo_use_weighting: {MORE}"),
 ]
 
 
@@ -121,7 +126,7 @@ def test_untraced_settings_are_noted(change, note):
             {"adapter": "llama-adapter"},
             "adapter: llama-adapter cannot be planned; plans support lora, qlora or no adapter",
         ),
-        ({"rl": "dpo"}, "rl: preference training cannot be planned"),
+        ({"rl": "orpo"}, "rl: orpo cannot be planned; plans support dpo and ipo"),
     ],
 )
 def test_settings_that_plans_do_not_support_are_refused(change, message):
@@ -143,6 +148,20 @@ def test_a_model_that_cannot_be_traced_is_reported(small):
 def test_packed_documents_make_one_row_where_flash_attention_keeps_them_apart(attention, shape):
     packed = config_with({"sample_packing": True, "attn_implementation": attention})
     assert step_plan.StepPlan(steps.step_of(packed, SMALL, AMPERE)[0], 2, 2048).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("change", "reference"),
+    [
+        ({}, None),
+        ({"rl": "dpo"}, Reference(is_model=False, is_precomputed=False)),
+        ({"rl": "ipo", "precompute_ref_log_probs": True}, Reference(is_model=False, is_precomputed=True)),
+        ({"rl": "dpo", "rl_adapter_ref_model": True}, Reference(is_model=True, is_precomputed=False)),
+        ({"rl": "dpo", "adapter": None}, Reference(is_model=True, is_precomputed=False)),
+    ],
+)
+def test_the_reference_of_pairs(change, reference):
+    assert Reference.of(config_with(change)) == reference
 
 
 @pytest.fixture

@@ -84,6 +84,8 @@ class Measure(TrainerCallback):
 
     def _begin(self) -> None:
         tensors = list(_of_module(self.trainer.model))
+        if getattr(self.trainer, "ref_model", None):
+            tensors += _of_module(self.trainer.ref_model)
         storages = [tensor.untyped_storage() for tensor in tensors]
         self.loaded = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
         gc.collect()
