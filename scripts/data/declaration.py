@@ -188,6 +188,7 @@ class Data(Strict):
         sources: downloads by name.
         fields: fields of a prepared row, each computed by an expression over the raw row.
         extra_fields: additional fields of test rows.
+        lookups: further raw files by name; all expressions can use their rows, as a list.
         filters: conditions for leaving out a row, by reason; expressions over the raw row and the prepared fields.
         input_formats: formats of prepared rows by name; `recipe data prepare` writes each.
         test_set: test set of the published scores: `test`, or one of the subsets.
@@ -202,6 +203,7 @@ class Data(Strict):
     sources: Annotated[dict[FilePath, DataSource], Field(min_length=1)]
     fields: dict[str, Text]
     extra_fields: dict[str, Text] = {}
+    lookups: dict[Name, RowsFile] = {}
     filters: dict[Text, Text] = {}
     input_formats: dict[str, PreparedFormat] = {}
     splits: Annotated[dict[SplitName, Split], Field(min_length=1)]
@@ -280,8 +282,8 @@ class Data(Strict):
 
     @property
     def raw_files(self) -> list[str]:
-        """Names of the raw files of all splits."""
-        names: dict[str, None] = {}
+        """Names of the raw files of all splits, and of lookups."""
+        names = dict.fromkeys(self.lookups.values())
         for split in self.splits:
             names |= dict.fromkeys(self.raw_files_of(split))
         return list(names)
@@ -329,6 +331,8 @@ class Data(Strict):
         """Yield contradictions in the declaration, and files missing from the study's folder."""
         for name, split in self.splits.items():
             yield from self._mistakes_in_split(name, split)
+        for name, file in self.lookups.items():
+            yield from undeclared(("data", "lookups", name), file, self.files)
         yield from undeclared(("data", "test_set"), self.test_set, ["test", *self.subsets])
         for name, form in self.input_formats.items():
             for field in form.fields:

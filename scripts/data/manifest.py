@@ -82,7 +82,7 @@ def how_made(study: Study, split: str, input_format: str) -> Row:
     data, declared = study.data, study.data.splits[split]
     entry = {
         "input_format": input_format,
-        "raw_files": {name: data.files[name].sha256 for name in data.raw_files_of(split)},
+        "raw_files": {name: data.files[name].sha256 for name in (*data.raw_files_of(split), *data.lookups.values())},
         "fields": data.fields_of(split, input_format),
         "filters": data.filters_of(split),
         "extra_fields": data.extra_fields,

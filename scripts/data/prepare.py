@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import batched, chain, islice
 from pathlib import Path
 
@@ -117,6 +117,20 @@ class _Preparation:
                     self.sampled[name] = self._selection(name)
         return {name: self._split(name) for name in self.read}
 
+    @cached_property
+    def _lookups(self) -> dict[str, list[Row]]:
+        """Rows of each lookup.
+
+        Raises:
+            UserError: a file is missing.
+        """
+        rows = {}
+        for name, file in self.study.data.lookups.items():
+            if file not in self.raw:
+                raise UserError(f"{file}: not given, but all rows need it", remedy="give its folder, too")
+            rows[name] = [*RawFile(self.raw[file]).rows()]
+        return rows
+
     def _selection(self, name: str) -> list[int]:
         """Positions of the rows of a sampled or shuffled split, in order."""
         split = self.study.data.splits[name]
@@ -161,10 +175,11 @@ class _Preparation:
             data.filters_of(name),
             data.extra_fields if is_scored else {},
             order.longest_first if order else "0",
+            **self._lookups,
         )
         for position, row in enumerate(raw.rows()):
             try:
-                prepared, filter_name, extra, length = maker.make(row, raw.path.name)
+                prepared, filter_name, extra, length = maker.make(row, raw.path.name, position)
                 counts[filter_name or ""] += 1
                 if filter_name is not None:
                     continue

@@ -6,7 +6,7 @@ Jinja's sandbox evaluates the expressions, with a bound on what they compute.
 import codecs
 import csv
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import BufferedReader
 from itertools import chain
@@ -141,7 +141,26 @@ def role_colon(messages: list[dict[str, str]]) -> list[Row]:
     return segments
 
 
-FILTERS = {"tagged": tagged, "tojson": tojson, "role_colon": role_colon}
+def dbgpt_schema(database: Mapping[str, Any]) -> str:
+    """Schema in words, from a row of Spider's tables.json.
+
+    This follows sql_data_process.py in eosphoros-ai/DB-GPT-Hub.
+    """
+    tables, columns = database["table_names_original"], database["column_names_original"]
+    text = f"{database['db_id']} contains tables such as {', '.join(tables)}. "
+    for number, table in enumerate(tables):
+        names = [name for place, name in columns if place == number]
+        text += f"Table {table} has columns such as {', '.join(names)}. "
+        for key in database["primary_keys"]:
+            if columns[key][0] == number:
+                text += f"{columns[key][1]} is the primary key.\n"
+    for key, target in database["foreign_keys"]:
+        (place, name), (target_place, target_name) = columns[key], columns[target]
+        text += f"The {name} of {tables[place]} is the foreign key of {target_name} of {tables[target_place]}.\n"
+    return text
+
+
+FILTERS = {"tagged": tagged, "tojson": tojson, "role_colon": role_colon, "dbgpt_schema": dbgpt_schema}
 _JINJA = Sandbox(**FILTERS)
 
 
@@ -218,22 +237,30 @@ class RowMaker:
         filters: expressions that are true for rows to leave out, by reason; they can use prepared fields.
         extra_fields: expressions for additional fields, which can be null.
         order: expression for the number that rows are sorted by; it can use prepared fields.
+        lookups: rows of further files, by name; all expressions can use them.
     """
 
     def __init__(
-        self, fields: Mapping[str, str], filters: Mapping[str, str], extra_fields: Mapping[str, str], order: str
+        self,
+        fields: Mapping[str, str],
+        filters: Mapping[str, str],
+        extra_fields: Mapping[str, str],
+        order: str,
+        **lookups: Sequence[Row],
     ):
         self._fields = _compiled(fields)
         self._filters = _compiled(filters)
         self._extra_fields = _compiled(extra_fields)
         self._order = Expression("longest_first", order)
+        self._lookups = lookups
 
-    def make(self, raw: Row, file: str = "") -> tuple[Row, str | None, Row, float]:
+    def make(self, raw: Row, file: str = "", position: int = 0) -> tuple[Row, str | None, Row, float]:
         """Prepare a row.
 
-        Expressions can use the fields of the raw row, `row` (the complete raw row) and `file` (the name of the raw
-        file). `fields` can also use earlier prepared fields; `filters` and `order` can use all of them. If a raw and a
-        prepared field have the same name, `fields` use the raw one; `filters` and `order` use the prepared one.
+        Expressions can use the fields of the raw row, `row` (the complete raw row), `file` (the name of the raw file),
+        `idx` (the row's position) and the lookups. `fields` can also use earlier prepared fields; `filters` and
+        `order` can use all of them. If a raw and a prepared field have the same name, `fields` use the raw one;
+        `filters` and `order` use the prepared one.
 
         Returns:
             The prepared row, the filter that leaves it out (None to keep it), extra fields, and sort value.
@@ -242,7 +269,7 @@ class RowMaker:
             BadRow: a field is missing, an expression fails, a prepared field contains null or is neither text nor a
                 list or mapping, or the sort value is not a number.
         """
-        raw_fields = {"row": raw, "file": file} | raw
+        raw_fields = {**self._lookups, "row": raw, "file": file, "idx": position} | raw
         row: Row = {}
         for name, expression in self._fields.items():
             row[name] = expression.value(row | raw_fields)

@@ -44,6 +44,8 @@ IN_STUDY_YAML = [
         "scored rows have another field of this name; rename one", id="extra field of a used name"),
     pytest.param({f"{TRAIN} > from": "trains.jsonl"}, "data.splits.train.from",
         "trains.jsonl is unknown; did you mean train.jsonl?", id="misspelt raw file"),
+    pytest.param({"data > lookups": {"words": "trains.jsonl"}}, "data.lookups.words",
+        "trains.jsonl is unknown; did you mean train.jsonl?", id="misspelt lookup"),
     pytest.param({f"{VALID} > sample": None, f"{VALID} > seed": None}, "data.splits.valid",
         "sample_from needs sample, the number of rows to sample", id="sample_from without sample"),
     pytest.param({f"{VALID} > filters": {"a": "b"}}, "data.splits.valid",

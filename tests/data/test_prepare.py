@@ -1,3 +1,4 @@
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.processes import held
 from qlora_recipes.data import prepare, studies
 from qlora_recipes.data.declaration import Data
-from qlora_recipes.data.raw_rows import RawFile, tagged
+from qlora_recipes.data.raw_rows import RawFile, RowMaker, tagged
 
 STUDY = studies.find("haider2024")
 DATA = yamlfiles.read_yaml(STUDY.folder / "study.yaml")["data"]
@@ -69,6 +70,34 @@ def test_test_rows_have_their_position_and_language(tmp_path):
     raw = write(tmp_path / "raw", "msg-test.jsonl", row("a", lang="py"), row(" "), row("b"))
     prepared([raw], tmp_path / "out")
     assert [(r["idx"], r["lang"]) for r in read(tmp_path / "out" / "test.jsonl")] == [(0, "py"), (2, None)]
+
+
+SPIDER = studies.find("dbgpt-spider")
+
+
+def test_expressions_use_the_rows_of_lookups(tmp_path):
+    sample = SPIDER.folder / "sample"
+    split = prepared([sample], tmp_path / "out", SPIDER, "trained-prompt")["splits"]["test"]
+    assert [*split["raw_files"]] == ["dev.json", "tables.json"]
+    first = read(tmp_path / "out/test.jsonl")[0]
+    assert first["user"].endswith(
+        "\n##Instruction:\nsmall_library contains tables such as author, book, loan. "
+        "Table author has columns such as author_id, name, country, born. author_id is the primary key.\n"
+        "Table book has columns such as book_id, title, author_id, pages, year. book_id is the primary key.\n"
+        "Table loan has columns such as loan_id, book_id, reader, days. loan_id is the primary key.\n"
+        "The author_id of book is the foreign key of author_id of author.\n"
+        "The book_id of loan is the foreign key of book_id of book.\n\n"
+        "\n###Input:\nHow many authors are there?\n\n###Response:"
+    )
+    assert (first["group"], first["database"]) == ("easy", "small_library")
+    with pytest.raises(UserError, match=r"^tables\.json: not given, but all rows need it; give its folder, too$"):
+        prepared([sample / "dev.json"], tmp_path / "none", SPIDER, "trained-prompt")
+
+
+def test_spiders_questions_have_as_many_of_each_level_as_its_authors_count():
+    maker = RowMaker({}, {}, {"group": SPIDER.data.extra_fields["group"]}, "0")
+    levels = Counter(maker.make({}, position=position)[2]["group"] for position in range(1034))
+    assert levels == {"easy": 248, "medium": 446, "hard": 174, "extra": 166}
 
 
 def test_a_listed_subset_has_its_rows_in_the_lists_order_and_goes_with_its_file(tmp_path):

@@ -90,6 +90,7 @@ def test_how_many_rows_a_split_will_have_is_known_where_nothing_is_left_out(tmp_
 AUTHORS = {  # the first words of comments on settings that the authors of a study report
     "axolotl-alpaca2k": ("example", "card", "v0.4.0"),
     "birbal": ("nips_02.yml", "fork"),
+    "dbgpt-spider": ("train_sft.sh", "data_utils.py", "model_args.py"),
     "dora-commonsense": ("README.md", "finetune.py", "llama2_7B_DoRA.sh", "llama3_8B_DoRA.sh"),
     "evolcodellama": ("card", "v0.4.0"),
     "haider2024": ("paper",),

@@ -1,4 +1,4 @@
-"""The studies on GSM8K, Tulu 3 and OASST1 have the tokens and loss masks that their authors' code makes of the rows."""
+"""The studies on GSM8K, Tulu 3, OASST1 and Spider have the tokens and loss masks that their authors' code makes."""
 
 import json
 import random
@@ -222,6 +222,76 @@ def test_loragas_rows_have_the_authors_tokens_and_loss(sentencepiece):
         question = f"Q: {row['query']}\nA: "
         check_row(tokens, loaded.tokenizer, question, f" {row['answer']}")
         assert test.ids[: test.labels.count(MASKED)] == encoded(loaded.tokenizer, f"{question} ")
+
+
+TERMINAL = "I want you to act as a SQL terminal in front of an example database, "
+ONLY = "you need only to return the sql command to me.Below is an instruction that describes a task, "
+WRITE = "Write a response that appropriately completes the request.\n"
+SYSTEM = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
+    "not correct. If you don't know the answer to a question, please don't share false information."
+)
+
+
+def database(chance: random.Random, name: str) -> dict[str, Any]:
+    """A schema of one to four tables, as in Spider's tables.json."""
+    columns: list[list[Any]] = [[-1, "*"]]
+    tables = [f"Table_{number}" for number in range(chance.randint(1, 4))]
+    for number in range(len(tables)):
+        columns += [[number, f"{chance.choice(('id', 'Full Name', 'größe', 'a(b)'))}_{place}"] for place in range(3)]
+    keys = chance.sample(range(1, len(columns)), chance.randint(0, 3))
+    pairs = [chance.sample(range(1, len(columns)), 2) for _ in range(chance.randint(0, 3))]
+    schema = {"table_names_original": tables, "column_names_original": columns}
+    return schema | {"db_id": name, "primary_keys": keys, "foreign_keys": pairs}
+
+
+def in_words(schema: dict[str, Any]) -> str:
+    """The schema in sql_data_process.py's words."""
+    tables, columns = schema["table_names_original"], schema["column_names_original"]
+    parts = [schema["db_id"], " contains tables such as ", ", ".join(tables), ". "]
+    for number, table in enumerate(tables):
+        of_table = ", ".join(name for place, name in columns if place == number)
+        keys = [columns[key][1] for key in schema["primary_keys"] if columns[key][0] == number]
+        parts += ["Table ", table, " has columns such as ", of_table, ". "]
+        parts += [f"{name} is the primary key.\n" for name in keys]
+    for pair in schema["foreign_keys"]:
+        (at, name), (other_at, other) = (columns[key] for key in pair)
+        parts.append(f"The {name} of {tables[at]} is the foreign key of {other} of {tables[other_at]}.\n")
+    return "".join(parts)
+
+
+@pytest.mark.parametrize("prompt", ["published-prompt", "trained-prompt"])
+def test_dbgpts_rows_have_the_authors_prompts_tokens_and_loss(model, prompt):
+    loaded = tokenizer_of("dbgpt-spider/llama-2-7b-chat-qlora", model)
+    tokenizer, data = loaded.tokenizer, studies.find("dbgpt-spider").data
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    schemas = [database(random.Random(seed), f"db_{seed}") for seed in range(50)]
+    raw = [
+        {"db_id": schema["db_id"], "question": text_of(random.Random(seed))[:200], "query": f"SELECT  {seed} ;"}
+        for seed, schema in enumerate(schemas)
+    ]
+    tokenized = {}
+    for split in ("train", "test"):
+        fields = data.fields_of(split, prompt)
+        ends = {"segments": fields["segments"].replace("</s>", tokenizer.eos_token).replace("<s>", tokenizer.bos_token)}
+        maker = RowMaker(fields | ends, {}, {}, "0", tables=schemas)
+        tokenized[split] = loaded.tokenize(FIRST, [maker.make(row)[0] for row in raw])
+    for row, schema, train, test in zip(raw, schemas, tokenized["train"], tokenized["test"], strict=True):
+        instruction = f'{TERMINAL}{ONLY}{WRITE}"\n##Instruction:\n{in_words(schema)}\n'  # config.py
+        question = f"###Input:\n{row['question']}\n\n###Response:"
+        trained = scored = f"{instruction}\n{question}"  # construct_example in data_utils.py
+        if prompt == "published-prompt":  # SQL_PROMPT_DICT in data_args.py
+            before = (" " * 9).join((TERMINAL, ONLY, WRITE))
+            scored = f"{before}##Instruction:\n{instruction}\n###Input:\n{question}\n\n###Response:"
+        answer = [*encode(row["query"]), tokenizer.eos_token_id]
+        for tokens, text in ((train, trained), (test, scored)):  # Llama2Template
+            turn = f"[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n{text} [/INST] "
+            source = [tokenizer.bos_token_id, *encode(turn)]
+            assert tokens.ids == source + answer
+            assert tokens.labels == [MASKED] * len(source) + answer
 
 
 PAD = " " * 16
