@@ -21,7 +21,7 @@ from ..rundir import Node, RunDir, this_job
 if TYPE_CHECKING:
     from ...config.compose import Request
 
-BACKENDS: "Registry[type[Backend]]" = Registry("backend", f"{__name__}.local", f"{__name__}.slurm")
+BACKENDS: "Registry[type[Backend]]" = Registry("backend", f"{__name__}.local", f"{__name__}.slurm", f"{__name__}.hf")
 """Backends by the name that --on gives them."""
 
 DONE, SKIPPED, FAILED = "done", "skipped", "failed"

@@ -1,0 +1,374 @@
+"""Backend for jobs of the Hugging Face hub, which rents machines by the minute: `--on hf`.
+
+Each run has a folder in the user's private bucket: the wheel and the lock of this checkout, the files that the run's
+record names, and the run folder. The job works on its own disk, at the paths of this machine, and copies the run folder
+into the bucket: each complete checkpoint within a minute, and everything at its end, see templates/hf.sh.j2. Nothing
+depends on a signal at the time limit, because the hub documents none.
+"""
+
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from pydantic import BaseModel, Field, ValidationError
+
+from ...base import paths
+from ...base.errors import UserError, one_line
+from ...base.files import write_atomically
+from ...base.secrets import is_secret, masked
+from ...base.terminal import say, say_once
+from ...config.gpus import Gpu, catalogue, find_gpu
+from ...training.run_record import Job, JobState, Run
+from ..rundir import JOB, RunDir
+from . import BACKENDS, Backend, Command, Task, claimed
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi, JobHardwareInfo
+
+    from ...config.compose import Request
+
+NAME = "hf"
+BUCKET = "qlora-recipes"
+MOUNT = "/qlora-recipes"
+LOG = "hf-{}.log"
+"""The log of a job that has ended, in the run folder; written after all other files have arrived."""
+IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
+_STAYS = ["jobs.json", "*.lock"]  # files of a run folder that only this machine reads
+_HOURS = {"minute": 1 / 60, "hour": 1.0}
+_REMEDIES = {
+    401: "log in with `hf auth login`, or set HF_TOKEN",
+    402: "add credits at https://huggingface.co/settings/billing",
+    403: "give a token that may run jobs and write to buckets",
+}
+_BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+_Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+
+
+class Options(BaseModel, extra="forbid"):
+    """Options after `--on hf`.
+
+    Attributes:
+        flavor: the hub's name of a machine.
+        hours: time limit of the job; by default from the plan.
+        namespace: user or organization that pays; by default the token's user.
+        image: image of the job, with uv, Python and gcc.
+        ask: whether to ask before a job is submitted.
+    """
+
+    flavor: _Name
+    hours: float | None = Field(None, gt=0)
+    namespace: _Name | None = None
+    image: str = IMAGE
+    ask: Literal["yes", "no"] = "yes"
+
+
+@BACKENDS.register(NAME)
+class Hf(Backend):
+    """A machine of the Hugging Face hub.
+
+    Args:
+        rehearsal: whether the run is a rehearsal, which needs no GPU.
+        jobs: without effect.
+        options: fields of `Options`, as KEY=VALUE.
+        submits: without effect.
+
+    Raises:
+        UserError: an option is wrong, or the hub does not answer.
+    """
+
+    def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str], submits: bool):
+        self.options = _options(options)
+        self.flavor = _flavor(self.options.flavor)
+        self._gpu = None if rehearsal else _gpu_of(self.flavor)
+        self._hours = 0.0 if rehearsal else None
+
+    def gpu(self, request: "Request") -> Gpu | None:
+        """GPU of the flavor; the request's planned hours determine the time limit."""
+        from ...plan.plan import plan_request
+
+        if self._gpu and not self.options.hours:
+            with suppress(UserError):  # the command reports it when it checks the config
+                work = plan_request(request, self._gpu).work
+                if work and work.hours:
+                    self._hours = max(self._hours or 0, work.hours)
+        return self._gpu
+
+    def check_size(self, gpus: int, nodes: int) -> None:
+        """Refuse a run that needs more GPUs than the flavor has.
+
+        Raises:
+            UserError: the run needs too many GPUs or nodes.
+        """
+        if nodes > 1:
+            raise UserError(f"--nodes {nodes}: a job of the hub has one machine; leave --nodes out")
+        available = _gpus(self.flavor)
+        if gpus > max(available, 1):
+            raise UserError(f"--gpus {gpus}: too many; flavor {self.flavor.name} has {available}")
+
+    def preview(self, task: Task) -> str:
+        """Script of the job that would train a run."""
+        return _script(task.claim(), [Path.cwd()])
+
+    def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
+        """Submit one task as a job, after the user has agreed to its price.
+
+        Raises:
+            UserError: there are several tasks, the user disagrees, or the hub refuses the job.
+        """
+        if len(tasks) > 1:
+            raise UserError(f"{len(tasks)} runs, but a job of the hub takes one; start each with `recipe run --on hf`")
+        hours = self._limit()
+        if tasks:
+            self._ask(hours)
+        return [self._submit(commands, hours) for commands in claimed(tasks)]
+
+    def can_wait_for(self, job: JobState | None) -> bool:
+        """False: jobs of the hub do not wait for each other."""
+        return False
+
+    @classmethod
+    def state(cls, folder: RunDir, job: Job) -> JobState | None:
+        """State of a job; its files are brought into the run folder, at most once a minute."""
+        if (folder.path / LOG.format(job.id)).exists():
+            return None
+        return _state(folder.path, job.script, job.user, job.id, int(time.monotonic() / 60))
+
+    @classmethod
+    def cancel(cls, folder: RunDir, job: Job) -> list[str]:
+        """Stop a job; the bucket has its last complete checkpoint."""
+        state = cls.state(folder, job)
+        if state is None or not state.job:
+            return []
+        with _asking() as hub:
+            hub.cancel_job(job_id=job.id, namespace=job.user)
+        _state.cache_clear()
+        return [f"job {job.id} is cancelled"]
+
+    def _limit(self) -> float:
+        """Time limit in hours: twice the planned time, and an hour to install packages and fetch the model."""
+        if self.options.hours:
+            return self.options.hours
+        if self._hours is None:
+            remedy = "add a time limit, as in --on hf,flavor=l4x1,hours=3"
+            raise UserError(f"no plan says how long the job takes on {self.flavor.name}", key="--on hf", remedy=remedy)
+        return math.ceil(2 * self._hours) + 1
+
+    def _ask(self, hours: float) -> None:
+        """Say what a job costs, and ask whether to submit it."""
+        price = self.flavor.unit_cost_usd / _HOURS[self.flavor.unit_label]
+        planned = f"about {self._hours:.2g} hours by plan, " if self._hours else ""
+        say(f"{self.flavor.name}: ${price:.2f} an hour; {planned}at most {hours:g} hours, ${price * hours:.2f}")
+        if self.options.ask == "no" or (sys.stdin.isatty() and typer.confirm("Submit the job?", err=True)):
+            return
+        remedy = "agree, or add ask=no, as in --on hf,flavor=l4x1,ask=no"
+        raise UserError("a job costs money and was not agreed to; nothing was started", key="--on hf", remedy=remedy)
+
+    def _submit(self, commands: Sequence[Command], hours: float) -> RunDir:
+        """Submit a run's commands as one job."""
+        folder = commands[0].folder
+        try:
+            with _asking() as hub:
+                user = self.options.namespace or hub.whoami()["name"]
+                bucket = f"{user}/{BUCKET}"
+                self._upload(hub, bucket, commands)
+                job = hub.run_job(
+                    image=self.options.image,
+                    command=["bash", f"{MOUNT}/input/job.sh"],
+                    secrets=_secrets(folder),
+                    flavor=self.flavor.name,
+                    timeout=int(hours * 3600),
+                    name=re.sub(r"[^\w-]", "-", commands[0].result.recipe),
+                    volumes=[_volume(bucket, folder)],
+                    namespace=user,
+                )
+        except UserError as error:
+            remedy = (
+                f"then `recipe resume {folder.quoted} --on hf,flavor={self.flavor.name},hours={hours:g}` submits it"
+            )
+            raise UserError(f"{folder.path}: {error}; {remedy}") from None
+        say(f"job {job.id}: {job.url}")
+        for command in commands:
+            address = f"hf://buckets/{bucket}/{_key(folder)}"
+            folder.add_job(
+                Job(backend=NAME, id=job.id, step=command.step, user=user, script=address, words=command.words)
+            )
+            command.result.steps[command.step] = f"queued (job {job.id})"
+        _state.cache_clear()
+        return folder
+
+    def _upload(self, hub: "HfApi", bucket: str, commands: Sequence[Command]) -> None:
+        """Copy the code, the lock, a run's files and its folder into the bucket."""
+        folder = commands[0].folder
+        record = folder.read()
+        hub.create_bucket(bucket, private=True, exist_ok=True)
+        if not hub.bucket_info(bucket).private:
+            raise UserError(f"bucket {bucket} is public", key="--on hf", remedy="make it private on the hub first")
+        with tempfile.TemporaryDirectory() as name:
+            inputs = Path(name)
+            _build_wheel(inputs)
+            shutil.copy(paths.LOCK, inputs)
+            for file in _files(record):
+                copy = inputs / "files" / file.relative_to("/")
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, copy)
+            write_atomically(inputs / "job.sh", _script(commands, [Path.cwd(), Path(record.cwd)]))
+            address = f"hf://buckets/{bucket}/{_key(folder)}"
+            hub.sync_bucket(name, f"{address}/input", delete=True, quiet=True)
+            hub.sync_bucket(str(folder.path), f"{address}/run", exclude=_STAYS, quiet=True)
+
+
+def _options(texts: Sequence[str]) -> Options:
+    content = {}
+    for text in texts:
+        key, _, value = text.partition("=")
+        if is_secret(key, value):
+            raise UserError("a secret; log in with `hf auth login` instead", key=f"--on hf,{key}=***")
+        content[key] = value
+    try:
+        return Options.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{name}: {first['msg']}", key="--on hf", remedy="give options as in --on hf,flavor=l4x1,hours=3"
+        ) from None
+
+
+@contextmanager
+def _asking() -> Iterator["HfApi"]:
+    """Turn an error of the hub, the network or the token into a UserError."""
+    from huggingface_hub import HfApi
+
+    try:
+        yield HfApi()
+    except UserError:
+        raise
+    except Exception as error:  # from the hub, the network or the token
+        code = getattr(getattr(error, "response", None), "status_code", 0)
+        raise UserError(one_line(error), key="--on hf", remedy=_REMEDIES.get(code, "")) from None
+
+
+def _flavor(name: str) -> "JobHardwareInfo":
+    with _asking() as hub:
+        flavors = {flavor.name: flavor for flavor in hub.list_jobs_hardware()}
+    if name not in flavors:
+        raise UserError(f"the hub has no flavor {name}", key="--on hf", remedy=f"choose {', '.join(flavors)}")
+    return flavors[name]
+
+
+def _gpus(flavor: "JobHardwareInfo") -> int:
+    return int(flavor.accelerator.quantity) if flavor.accelerator else 0
+
+
+def _gpu_of(flavor: "JobHardwareInfo") -> Gpu:
+    """GPU of a flavor; the hub states the memory of all its GPUs.
+
+    Raises:
+        UserError: the flavor has no GPU, or one that gpus.yaml does not list.
+    """
+    accelerator = flavor.accelerator
+    if accelerator is None:
+        raise UserError(f"flavor {flavor.name} has no GPU", key="--on hf", remedy="choose another, or add --rehearse")
+    memory = int(re.sub(r"\D", "", accelerator.vram)) / _gpus(flavor)
+    for gpu in catalogue().values():
+        if gpu.memory == memory and gpu.name.split()[0] == accelerator.model:
+            return gpu
+    return find_gpu(accelerator.model, f"--on hf,flavor={flavor.name}")
+
+
+def _key(folder: RunDir) -> str:
+    """Folder of a run in the bucket."""
+    return f"{folder.path.parent.name}/{folder.path.name}"
+
+
+def _volume(bucket: str, folder: RunDir) -> Any:
+    from huggingface_hub import Volume
+
+    return Volume(type="bucket", source=bucket, mount_path=MOUNT, path=_key(folder), read_only=False)
+
+
+def _secrets(folder: RunDir) -> dict[str, str]:
+    """Secrets that a job needs: the hub's token for gated models, and a tracker's key."""
+    from huggingface_hub import get_token
+
+    secrets = {"HF_TOKEN": get_token() or ""}
+    if folder.config.get("wandb_project") and "WANDB_API_KEY" in os.environ:
+        secrets["WANDB_API_KEY"] = os.environ["WANDB_API_KEY"]
+    return secrets
+
+
+def _files(record: Run) -> set[Path]:
+    """Files that a run's record names, and that are on this machine."""
+    names = [file.path for file in (*record.data, *record.named_files)]
+    names += filter(None, [record.recipe_file, record.test_data])
+    return {path for name in names if (path := Path(record.cwd, name)).is_file()}
+
+
+def _script(commands: Sequence[Command], folders: Sequence[Path]) -> str:
+    """Script of a job.
+
+    Args:
+        commands: the commands, carried out in this order.
+        folders: folders that must exist; the first is the working folder.
+    """
+    jinja = paths.template_environment(paths.TEMPLATES)
+    jinja.filters["quote"] = lambda value: shlex.quote(str(value))
+    run = commands[0].folder.path.absolute()
+    return jinja.get_template("hf.sh.j2").render(
+        commands=commands, folders=folders, run=run, job=f"{JOB}={NAME}:", seconds=60
+    )
+
+
+def _build_wheel(folder: Path) -> None:
+    """Build this checkout's wheel in a folder.
+
+    Raises:
+        UserError: the command is not installed from a checkout, or setuptools fails.
+    """
+    if not paths.LOCK.is_file():
+        raise UserError("the job gets the code of a checkout", key="--on hf", remedy="run `make setup` in a clone")
+    with tempfile.TemporaryDirectory() as source:
+        for name in ("scripts", "recipes", "templates"):
+            shutil.copytree(paths.LOCK.parent / name, Path(source, name), ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(paths.LOCK.parent / name, source)
+        command = [sys.executable, "-c", _BUILD, str(folder)]
+        done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"the wheel was not built: {done.stderr.strip()[-300:]}", key="--on hf")
+
+
+@lru_cache(maxsize=256)
+def _state(folder: Path, address: str, user: str, job: str, minute: int) -> JobState | None:
+    """State of a job, after its files were brought; see `Hf.state`."""
+    try:
+        with _asking() as hub:
+            status = hub.inspect_job(job_id=job, namespace=user).status
+            if status.stage == "SCHEDULING":
+                return JobState("queued", status.message or "", job, NAME)
+            runs = status.stage == "RUNNING"
+            left_out = [*_STAYS, "output/*"] if runs else _STAYS
+            hub.sync_bucket(f"{address}/run", str(folder), exclude=left_out, quiet=True)
+            if runs:
+                return JobState("running", "", job, NAME)
+            log = "\n".join(hub.fetch_job_logs(job_id=job, namespace=user))
+    except UserError as error:
+        say_once(str(error))
+        return JobState("unknown")
+    file = folder / LOG.format(job)
+    write_atomically(file, masked(log) + "\n")
+    if status.stage != "COMPLETED":
+        say(f"{folder}: job {job} ended as {status.stage}: {status.message or 'no reason given'}; see {file}")
+    return None
