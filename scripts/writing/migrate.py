@@ -500,10 +500,13 @@ def _default_text(default: Config) -> str:
 
 
 def added(config: Config) -> tuple[Version, str]:
-    """First release that reads all keys of a config, and a key that it added; empty if that is unknown."""
+    """First release that reads a config, and a key or value that it added; empty if that is unknown."""
     first = Version("0"), ""
+    signs = {*config, *(f"{key}: {config.get(key)}" for key in ("chat_template", "optimizer"))}
+    for dataset in datafiles.datasets(config):
+        signs |= {f"datasets.type: {dataset.type_name}", *(f"datasets.{key}" for key in dataset.entry)}
     for release, names in tables()["since"].items():
-        new_keys = [key for key in names if key in config]
+        new_keys = [name for name in names if name in signs]
         if new_keys:
             first = Version(release), new_keys[0]
     return first
@@ -571,6 +574,7 @@ def migrate(old: OldConfig, overrides: Iterable[Override] = ()) -> Migration:
         if old.sign:
             migration.leave()
             migration.remove_unread()
+            migration.skip_evaluation()
         return migration
     empty = [key for key, value in config.items() if value is None]
     config = merging.apply(config, [*map(Override, empty), *overrides])

@@ -407,6 +407,20 @@ def test_the_release_is_guessed_from_the_keys(text, sign, release):
     assert (migration.sign, migration.release) == (sign, Version(release))
 
 
+@pytest.mark.parametrize(
+    ("text", "release", "sign"),
+    [
+        pytest.param("eval_strategy: epoch\nliger_rope: true", "0.6.0", "eval_strategy", id="key"),
+        pytest.param("datasets: [{path: x, train_on_eot: turn}]", "0.9.0", "datasets.train_on_eot", id="of-a-data-set"),
+        pytest.param("datasets: [{path: x, type: input_output}]", "0.4.1", "datasets.type: input_output", id="type"),
+        pytest.param("chat_template: chatml\noptimizer: muon", "0.8.0", "optimizer: muon", id="value"),
+        pytest.param("lora_r: 8", "0", "", id="none"),
+    ],
+)
+def test_the_first_possible_release_follows_from_keys_and_values(text, release, sign):
+    assert migrate.added(yamlfiles.parse(text)) == (Version(release), sign)
+
+
 def test_a_comment_of_an_old_files_author_does_not_hide_its_age(place):
     (place / "old.yml").write_text("# note: trained in 2023\nflash_attention: true\n")
     assert migrate.of_file("old.yml", None).is_current is False
@@ -686,7 +700,7 @@ def test_a_config_of_2023_becomes_a_variant_that_passes_the_check(place, recipe)
     )
 
 
-def test_a_config_of_this_release_loses_only_accounts_and_hosts(place, recipe):
+def test_a_config_of_this_release_loses_accounts_hosts_and_evaluation_of_no_rows(place, recipe):
     write_rows(place)
     config = {
         "base_model": "models/llama",
@@ -703,7 +717,7 @@ def test_a_config_of_this_release_loses_only_accounts_and_hosts(place, recipe):
     }
     theirs = {"hub_model_id": "theirs/model", "mlflow_tracking_uri": "https://theirs.org", "wandb_entity": "theirs"}
     nested = {"trl": {"beta": 0.1, "vllm_server_host": "theirs.org"}}
-    (place / "new.yml").write_text(yamlfiles.write_yaml(config | theirs | nested))
+    (place / "new.yml").write_text(yamlfiles.write_yaml(config | theirs | nested | {"eval_steps": 5}))
     done = recipe.ok("new", "mine", "--from", "new.yml", "--set", "wandb_entity=mine", "--set", "num_epochs=2")
     assert yamlfiles.read_yaml(place / "variants/mine.yaml") == config | {
         "trl": {"beta": 0.1},
@@ -711,7 +725,8 @@ def test_a_config_of_this_release_loses_only_accounts_and_hosts(place, recipe):
         "num_epochs": 2,
     }
     rows = [line.replace("'", "").split()[:3] for line in done.stdout.splitlines() if "removed" in line]
-    assert rows == [[key, value, "removed"] for key, value in (*theirs.items(), ("trl.vllm_server_host", "theirs.org"))]
+    removed = [*theirs.items(), ("trl.vllm_server_host", "theirs.org"), ("eval_steps", "5")]
+    assert rows == [[key, value, "removed"] for key, value in removed]
     assert "written for" not in (place / "variants/mine.yaml").read_text()
 
 
