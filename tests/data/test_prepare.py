@@ -87,9 +87,9 @@ def test_expressions_use_the_rows_of_lookups(tmp_path):
         "Table loan has columns such as loan_id, book_id, reader, days. loan_id is the primary key.\n"
         "The author_id of book is the foreign key of author_id of author.\n"
         "The book_id of loan is the foreign key of book_id of book.\n\n"
-        "\n###Input:\nHow many authors are there?\n\n###Response:"
+        "\n###Input:\nHow many books has each author written? Show the name, too.\n\n###Response:"
     )
-    assert (first["group"], first["database"]) == ("easy", "small_library")
+    assert (first["group"], first["database"]) == ("medium", "small_library")
     with pytest.raises(UserError, match=r"^tables\.json: not given, but all rows need it; give its folder, too$"):
         prepared([sample / "dev.json"], tmp_path / "none", SPIDER, "trained-prompt")
 
