@@ -19,10 +19,11 @@ from qlora_recipes.config import datafiles
 from qlora_recipes.config.compose import Request, compose
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "AGENTS.md", "CONTRIBUTING.md", "templates/README.md")]
+SKILL = ROOT / ".agents" / "skills" / "qlora-recipes" / "SKILL.md"
+PAGES = [SKILL, *(ROOT / name for name in ("README.md", "AGENTS.md", "CONTRIBUTING.md", "templates/README.md"))]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 FOLDERS = ("docker", "docs", "recipes", "scripts", "templates")
-ALL_PAGES = [*ROOT.glob("*.md"), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.md"))]
+ALL_PAGES = [SKILL, *ROOT.glob("*.md"), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.md"))]
 SOURCES = [*(ROOT / "scripts").rglob("*.py")]
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(
