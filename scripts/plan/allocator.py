@@ -276,7 +276,9 @@ def usage(trace: MemoryTrace) -> Usage:
         allocator.reset_peaks()
         for storage, size in events:
             if size < 0:
-                block = blocks.pop(storage)
+                block = blocks.pop(storage, None)
+                if block is None:  # only the first step frees it, as a bias that bitsandbytes casts in Linear4bit
+                    continue
                 held[trace.kinds[storage]] -= block.size
                 allocator.release(block)
                 continue

@@ -76,6 +76,13 @@ def test_any_sequence_keeps_the_books(expandable, requests):
     assert allocator.reserved == 0
 
 
+def test_a_weight_that_the_first_step_replaces_is_freed_once():
+    step = [(2, 2 * MIB), (1, -1), (3, 3 * MIB), (3, -1), (2, -1)]
+    kinds = {1: "weights", 2: "activations", 3: "mask"}
+    used = allocator.usage(MemoryTrace([(1, MIB)], step, [], kinds, {}, {}, 0, expandable=True))
+    assert used.allocated == 5 * MIB
+
+
 def test_usage_says_what_is_there_at_the_peak():
     step = [(2, 2 * MIB), (3, 3 * MIB), (3, -1), (2, -1)]
     kinds = {1: "weights", 2: "activations", 3: "mask"}
