@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import distribution
+from itertools import starmap
 from pathlib import Path
 
 from ..base import paths
+from ..base.files import Row, read_rows, write_rows
 from ..base.hub import importing_axolotl
 from ..base.processes import make_once
 from ..base.terminal import say
@@ -105,7 +107,10 @@ class _Rehearsal:
         names = ", ".join(dataset.path for dataset in datasets) or "the config's data"
         reason = f"rows of the built-in sample, because {names} cannot be loaded in part on this machine"
         entries = []
-        for i, entry in enumerate(_sampled(datasets, self.sample[section])):
+        sampled = _sampled(datasets, self.sample[section])
+        if self.config.get("rl"):
+            sampled = [_as_pairs(entry) for entry in self.sample[section]]
+        for i, entry in enumerate(sampled):
             split = self.user_settings.get(f"{section}.{i}.split", entry["split"])
             entries.append(entry | {"split": split})
         yield {section: entries}, reason
@@ -195,6 +200,22 @@ def _sampled(datasets: list[DatasetRef], default: list[Config]) -> list[Config]:
             return default
         entries.append(dataset.entry | {"path": str(file), "split": default[0]["split"]})
     return entries or default
+
+
+def _as_pairs(entry: Config) -> Config:
+    """Data set of preference pairs made from rows with `alpaca` fields; the next row's answer is the rejected one."""
+    file = Path(entry["path"])
+    pairs = file.with_name(f"pairs-{file.name}")
+    if not pairs.is_file():
+        rows = read_rows(file)
+        following = [*rows[1:], rows[0]]
+        write_rows(pairs, starmap(_pair, zip(rows, following, strict=True)))
+    return {"path": str(pairs), "split": entry["split"], "type": "passthrough"}
+
+
+def _pair(row: Row, other: Row) -> Row:
+    prompt = f"{row['instruction']}\n{row['input']}\n"
+    return {"prompt": prompt, "chosen": row["output"], "rejected": other["output"]}
 
 
 def gpu_replacements(config: Config) -> Iterator[tuple[Config, str]]:

@@ -7,7 +7,7 @@ import pytest
 from conftest import typed
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.base.files import write_rows
+from qlora_recipes.base.files import read_rows, write_rows
 from qlora_recipes.config import compose
 from qlora_recipes.config.compose import Composed, Request
 from qlora_recipes.config.merging import Source
@@ -98,6 +98,15 @@ def test_the_sample_takes_the_place_of_rows_that_are_not_there(path):
     assert "test_datasets" not in composed.config
     more = rehearsed({"datasets": [{"path": path, "type": "completion"}]}, "datasets.0.split=train[:48]")
     assert splits(more) == ["train[:48]"]
+
+
+def test_pairs_that_are_not_there_are_replaced_by_pairs_of_the_sample():
+    composed = rehearsed({"rl": "dpo", "datasets": [{"path": "some/pairs", "type": "chat_template"}]})
+    (dataset,) = composed.config["datasets"]
+    assert (dataset["type"], dataset["split"]) == ("passthrough", "train[:32]")
+    pairs = read_rows(Path(dataset["path"]))
+    assert {pair["chosen"] for pair in pairs} == {pair["rejected"] for pair in pairs}
+    assert all(pair["prompt"].strip() and pair["chosen"] != pair["rejected"] for pair in pairs)
 
 
 def test_a_rehearsal_uploads_and_serves_nothing():
