@@ -24,14 +24,15 @@ def new_command(
     *,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the variant, saved as variants/NAME.yaml.")],
     from_: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--from",
             metavar="BASE",
             autocompletion=complete_recipes,
-            help="Start from a recipe, Axolotl config, model card, SWEEP/TRIAL or SWEEP/best.",
+            help="Start from a recipe, Axolotl config, model card, SWEEP/TRIAL or SWEEP/best; default: start/qlora, "
+            "for preference pairs start/dpo-qlora.",
         ),
-    ] = "start/qlora",
+    ] = None,
     axolotl: Annotated[
         str | None,
         typer.Option(metavar="VERSION", help="Axolotl release of BASE; default: as a model card states, or guessed."),
@@ -61,13 +62,13 @@ def new_command(
 ) -> None:
     """Write a variant of a recipe, with changed lines marked."""
     from ..config.compose import Request
-    from ..writing import migrate, new
+    from ..writing import migrate, new, own_rows
     from ..writing.own_rows import RowsRequest
 
     refuse_without("--fields", fields, "--data", data)
     refuse_without("--type", type_, "--data", data)
     rows = RowsRequest(data, fields or {}, type_) if data else None
-    base, settings = _base(context, from_)
+    base, settings = _base(context, from_ or own_rows.starting_point(rows))
     variant = new.create(new.VariantRequest(name, base, axolotl, model, rows, [*settings, *set_], force))
     print(variant.file)
     migrate.report(variant.migration)

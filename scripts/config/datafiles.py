@@ -267,6 +267,11 @@ class Form:
     entry: Config
     is_pair: bool = False
 
+    @property
+    def has_preferences(self) -> bool:
+        """True for a chosen and a rejected answer."""
+        return "rejected" in self.fields
+
 
 def _question_form(question: str, answer: str) -> Form:
     """Form of rows with a question and an answer, with a prompt of this project."""
@@ -274,7 +279,16 @@ def _question_form(question: str, answer: str) -> Form:
     return Form((question, answer), {"type": kind}, is_pair=True)
 
 
+def _preference_form(prompt: str) -> Form:
+    """Form of preference pairs with a prompt, as text or messages."""
+    return Form((prompt, "chosen", "rejected"), {"type": "chat_template", "field_messages": prompt})
+
+
+CONVERSATIONS = Form(("chosen", "rejected"), {"type": "chat_template.argilla_chat"})
+"""Form of preference pairs whose answers are the last messages of conversations."""
 FORMS = (
+    *map(_preference_form, ("messages", "prompt", "question")),
+    CONVERSATIONS,
     Form(("messages",), {"type": "chat_template"}),
     Form(("conversations",), {"type": "chat_template", "field_messages": "conversations"}),
     Form(("segments",), {"type": "input_output"}),

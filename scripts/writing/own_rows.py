@@ -21,6 +21,7 @@ HELD_OUT, HELD_OUT_OF_FEW = 0.05, 0.2
 """Shares of rows held out for the eval loss: if the recipe holds out none, and of fewer than `FEW` rows."""
 _TYPE = ["datasets", "0", "type"]
 _SUFFIXES = ".jsonl, .json, .csv, .tsv, .txt, .parquet"
+_SHAREGPT_ROLES = {"system": ["system"], "user": ["human", "user"], "assistant": ["gpt", "assistant"]}
 FEW = 200
 """Number of rows of which 5 % are too few to compare scores."""
 
@@ -187,10 +188,21 @@ def recognize(request: RowsRequest, copy: Path) -> OwnRows:
     for name, column in fields.items():
         if name not in read:
             raise UserError(f"--fields {name}={column}: no field of the rows; they have {' and '.join(form.fields)}")
+    if form.has_preferences and {"1.role", "1.from"} & dict(merging.flatten(row[columns["chosen"]])).keys():
+        form = datafiles.CONVERSATIONS
     entry = form.entry
     if "0.from" in dict(merging.flatten(row[columns[form.fields[0]]])):  # ShareGPT's keys of a message
         entry = entry | {"message_property_mappings": {"role": "from", "content": "value"}}
+        if form.has_preferences:
+            entry |= {"roles": _SHAREGPT_ROLES}
     return OwnRows(file, copy, form, {columns[name]: name for name in read if name in columns}, entry)
+
+
+def starting_point(request: RowsRequest | None) -> str:
+    """Recipe to start from for rows, or without any; raises as `recognize` does."""
+    if request and recognize(request, request.file).form.has_preferences:
+        return "start/dpo-qlora"
+    return "start/qlora"
 
 
 def set_prompts(rows: OwnRows, requested: Type | None, config: Config, overrides: Sequence[Override]) -> None:
@@ -205,8 +217,11 @@ def set_prompts(rows: OwnRows, requested: Type | None, config: Config, overrides
         overrides: the user's changes; one of the type leaves the rows as they are.
 
     Raises:
-        UserError: the user requests a type for rows that are not pairs.
+        UserError: the user requests a type for rows that are not pairs, or the config trains on other rows.
     """
+    if rows.form.has_preferences != bool(config.get("rl")):
+        problem = f"the rows have {' and '.join(rows.form.fields)}, and rl is {config.get('rl', 'not set')}"
+        raise UserError(problem, file=rows.file, remedy="leave --from out, or name a recipe for such rows")
     if not requested and any(override.key.split(".")[:3] == _TYPE for override in overrides):
         return
     if not rows.form.is_pair:
@@ -230,7 +245,7 @@ def set_prompts(rows: OwnRows, requested: Type | None, config: Config, overrides
 def overrides(rows: OwnRows, config: Config) -> list[Override]:
     """Overrides that train a config on rows, with a held-out share unless the config has test rows of the user."""
     changes = [Override("datasets", [{"path": str(rows.path)} | rows.entry]), Override("test_datasets", None)]
-    if rows.entry["type"] != "chat_template":
+    if not str(rows.entry["type"]).startswith("chat_template"):
         changes += [Override("chat_template", None), Override("chat_template_jinja", None)]
     elif not config.get("chat_template"):
         changes.append(Override("chat_template", "tokenizer_default"))
@@ -258,8 +273,9 @@ def explanations(rows: OwnRows, config: Config, unread: Sequence[str]) -> Iterat
         yield f"prompts: {yamlfiles.write_flow(rows.entry)[1:-1]}, {rows.reason}"
     share = config.get("val_set_size")
     if share:
-        use = "for the eval loss and `recipe evaluate`; --set val_set_size=20 holds out 20 rows"
-        yield f"held out: val_set_size {share}, {use}"
+        use = "rewards" if rows.form.has_preferences else "`recipe evaluate`"
+        example = "--set val_set_size=20 holds out 20 rows"
+        yield f"held out: val_set_size {share}, for the eval loss and {use}; {example}"
     unused = sorted({*unread, *rows.dropped})
     if unused:
         yield f"not used: {', '.join(unused)}; add the content to a field that is used"

@@ -26,6 +26,36 @@ PROMPTED = {
 BASE_MODEL, INSTRUCT_MODEL, UNKNOWN_MODEL = "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B-Instruct", "a/model"
 COLUMNS = "--fields", "question=Frage,answer=Antwort"
 
+ASKED, REPLIED = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+SAID = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+PREFERENCES = [  # rows of public data sets, and the entry that reads them
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"type": "chat_template", "field_messages": "prompt"}),
+    (
+        {"system": "s", "question": "a", "chosen": "b", "rejected": "c"},
+        {"type": "chat_template", "field_messages": "question"},
+    ),
+    (
+        {"messages": [ASKED], "chosen": REPLIED, "rejected": REPLIED},
+        {"type": "chat_template", "field_messages": "messages"},
+    ),
+    (
+        {"prompt": [ASKED], "chosen": [REPLIED], "rejected": [REPLIED]},
+        {"type": "chat_template", "field_messages": "prompt"},
+    ),
+    (
+        {"prompt": "a", "chosen": [ASKED, REPLIED], "rejected": [ASKED, REPLIED]},
+        {"type": "chat_template.argilla_chat"},
+    ),
+    (
+        {"chosen": SAID, "rejected": SAID},
+        {
+            "type": "chat_template.argilla_chat",
+            "message_property_mappings": {"role": "from", "content": "value"},
+            "roles": {"system": ["system"], "user": ["human", "user"], "assistant": ["gpt", "assistant"]},
+        },
+    ),
+]
+
 
 def entry_of(file: Path) -> dict[str, Any]:
     """Data set entry of the variant beside a file of rows."""
@@ -54,6 +84,7 @@ def entry_of(file: Path) -> dict[str, Any]:
         ({"segments": []}, {"type": "input_output"}),
         ({"question": "a", "answer": "b"}, {"type": PROMPTED}),
         ({"text": "a"}, {"type": "completion"}),
+        *PREFERENCES,
     ],
 )
 def test_the_fields_of_rows_decide_their_type(tmp_path, row, entry):
@@ -224,9 +255,10 @@ def test_rows_without_an_answer_are_left_out_and_counted(recipe, place):
 
 
 UNKNOWN_COLUMNS = (
-    "rows.csv: unknown columns Frage, Antwort; known are messages; conversations; segments; instruction and output; "
-    "question and answer; prompt and completion; prompt and response; text; map columns to these, as in `--fields "
-    "question=Frage,answer=Antwort`"
+    "rows.csv: unknown columns Frage, Antwort; known are messages and chosen and rejected; prompt and chosen and "
+    "rejected; question and chosen and rejected; chosen and rejected; messages; conversations; segments; "
+    "instruction and output; question and answer; prompt and completion; prompt and response; text; map columns to "
+    "these, as in `--fields question=Frage,answer=Antwort`"
 )
 PAIRS = b"question,answer\na,b\n"
 
@@ -411,3 +443,39 @@ def test_a_field_that_is_set_is_used(recipe, tmp_path):
     kind = "{field_instruction: question, field_input: context, field_output: answer}"
     done = recipe.ok("new", "mine", "--data", "rows.jsonl", "--set", f"datasets.0.type={kind}")
     assert "not used" not in done.stderr
+
+
+def test_preference_pairs_begin_with_the_starting_point_for_dpo(recipe, place):
+    pair = {"prompt": "Was ist 2 + 3?", "chosen": "5", "rejected": "6"}
+    write_rows(place / "pairs.jsonl", [pair | {"prompt": f"Was ist {i} + 3?"} for i in range(60)])
+    done = recipe.ok("new", "mine", "--data", "pairs.jsonl")
+    assert done.stderr.splitlines()[:2] == [
+        "prompts: type: chat_template, field_messages: prompt, because of their fields; --set changes it",
+        "held out: val_set_size 0.2, for the eval loss and rewards; --set val_set_size=20 holds out 20 rows",
+    ]
+    variant = yamlfiles.read_yaml(place / "variants" / "mine.yaml")
+    assert (variant["rl"], variant["chat_template"]) == ("dpo", "tokenizer_default")
+    assert variant["datasets"] == [{"path": "pairs.jsonl", "type": "chat_template", "field_messages": "prompt"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "base", "message"),
+    [
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "start/lora",
+            "rows.jsonl: the rows have prompt and chosen and rejected, and rl is not set; leave --from out, or name a "
+            "recipe for such rows",
+        ),
+        (
+            CHAT,
+            "start/dpo-qlora",
+            "rows.jsonl: the rows have messages, and rl is dpo; leave --from out, or name a recipe for such rows",
+        ),
+    ],
+)
+def test_a_recipe_for_other_rows_is_refused(recipe, place, row, base, message):
+    write_rows(place / "rows.jsonl", [row])
+    done = recipe("new", "mine", "--from", base, "--data", "rows.jsonl")
+    assert (done.returncode, done.stderr) == (2, f"recipe: {message}\n")
+    assert not (place / "variants").exists()
