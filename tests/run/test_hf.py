@@ -63,3 +63,103 @@ def test_the_token_is_in_the_secrets_only(queued, hub, tmp_path):
     assert sum(TOKEN in body for body in hub.bodies) == 1
     assert not any(TOKEN.encode() in content(hub, name) for name in hub.files)
     assert not any(TOKEN.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_a_killed_job_resumes_at_its_last_checkpoint(recipe, place, tiny_profile, fake_axolotl, hub, monkeypatch):
+    monkeypatch.setattr(hf, "EVERY", 0.1)
+    steps = ("--set", "num_epochs=2", "--set", "saves_per_epoch=2")
+    words = ("run", NAME, "--rehearse", "--profile", tiny_profile, *steps, *ON)
+    run = RunDir(place / recipe.ok(*words).stdout.strip())
+
+    def has_checkpoint(volume: Path) -> bool:
+        return any(volume.glob("run/output/checkpoint-*/manifest.json"))
+
+    assert hub.work(place, fake_axolotl, has_checkpoint, FAKE_HOLD="3") == -9
+    assert shown(recipe)["state"] == "interrupted"
+    (checkpoint,) = run.output.iterdir()
+    assert run.last_checkpoint() == checkpoint
+    assert "hours=3" in recipe.fails("resume", run.path, *ON).stderr
+    recipe.ok("resume", run.path, "--on", "hf,flavor=cpu-basic,ask=no,hours=0.5")
+    assert hub.job["timeoutSeconds"] == 1800
+    assert hub.work(place, fake_axolotl) == 0, hub.logs
+    assert shown(recipe)["state"] == "finished"
+    assert [launch.resumed_from for launch in run.read().launches] == [None, checkpoint.name]
+
+
+@pytest.mark.long
+def test_an_evaluation_is_a_job_too(recipe, queued, tmp_path, fake_axolotl, hub):
+    assert hub.work(tmp_path, fake_axolotl) == 0, hub.logs
+    recipe.ok("evaluate", queued.path, "--on", "hf,flavor=cpu-basic,ask=no,hours=0.5")
+    assert hub.work(tmp_path, fake_axolotl) == 0, hub.logs
+    assert shown(recipe)["rows_total"] == 26
+    assert not [*queued.path.glob("*.part.jsonl")]
+
+
+def test_a_cancelled_job_is_asked_to_end(recipe, queued, hub):
+    assert recipe.ok("cancel", queued.path).stdout == f"{queued.path}: job {hub.job['id']} is cancelled\n"
+    hub.logs[hub.job["id"]] = "no results"
+    hf._state.cache_clear()
+    done = recipe("results")
+    log = queued.path / f"hf-{hub.job['id']}.log"
+    assert f": job {hub.job['id']} ended as CANCELED: no reason given; see " in done.stderr
+    assert log.read_text() == "no results\n"
+    assert recipe.fails("cancel", queued.path).stderr.endswith("nothing is running or queued\n")
+
+
+BILLING = "add credits at https://huggingface.co/settings/billing"
+TOKENS = "give a token that may run jobs and write to buckets"
+
+
+@pytest.mark.parametrize(("change", "says"), [({"credits": 0}, BILLING), ({"allows": False}, TOKENS)])
+def test_a_run_that_the_hub_refuses_can_be_submitted_later(recipe, tmp_path, tiny_profile, hub, change, says):
+    for name, value in change.items():
+        setattr(hub, name, value)
+    refused = recipe.fails("run", NAME, "--rehearse", "--profile", tiny_profile, *ON).stderr
+    (run,) = (file.parent for file in tmp_path.glob("runs/*/*/*/run.json"))
+    then = f"{says}; then `recipe resume {run.relative_to(tmp_path)} --on hf,flavor=cpu-basic,hours=1` submits it\n"
+    assert refused.endswith(then)
+    hub.credits, hub.allows = 1, True
+    recipe.ok("resume", run, "--on", "hf,flavor=cpu-basic,hours=1,ask=no")
+    assert len(hub.jobs) == 1
+
+
+@pytest.mark.parametrize(
+    ("on", "says"),
+    [
+        ("hf", "--on hf: flavor: Field required; give options as in --on hf,flavor=l4x1,hours=3"),
+        ("hf,flavour=l4x1", "--on hf: flavor: Field required; give options as in --on hf,flavor=l4x1,hours=3"),
+        (f"hf,flavor={TOKEN}", "--on hf,flavor=***: a secret; log in with `hf auth login` instead"),
+        (
+            "hf,flavor=l4x2",
+            "--on hf: the hub has no flavor l4x2; "
+            "choose cpu-basic, t4-small, l4x1, a10g-small, a10g-largex2, a100-large",
+        ),
+        (
+            "hf,flavor=cpu-basic",
+            "--on hf: a job costs money and was not agreed to; nothing was started; "
+            "agree, or add ask=no, as in --on hf,flavor=l4x1,ask=no",
+        ),
+    ],
+)
+def test_what_is_refused_starts_nothing(recipe, tmp_path, tiny_profile, hub, on, says):
+    done = recipe.fails("run", NAME, "--rehearse", "--profile", tiny_profile, "--on", on)
+    assert done.stderr.splitlines()[-1] == f"recipe: {says}"
+    assert not [*tmp_path.glob("runs/*/*/*")]
+    assert not hub.jobs
+
+
+@pytest.mark.parametrize("ends", ["COMPLETED", "ERROR"])
+def test_a_job_that_ended_without_results_can_be_resumed(recipe, queued, hub, ends):
+    hub.set(ends, "Job failed with exit code: 1")
+    assert shown(recipe)["state"] in ("created", "interrupted")  # a new run has ten seconds to start
+    recipe.ok("resume", queued.path, "--on", "hf,flavor=cpu-basic,hours=1,ask=no")
+    assert shown(recipe)["state"] == "queued"
+    assert [job.id for job in queued.jobs()] == list(hub.jobs)
+
+
+def test_a_refused_token_is_told_and_the_run_stays_as_it_is(recipe, queued, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_another1another1")
+    hf._state.cache_clear()
+    done = recipe("results")
+    assert "log in with `hf auth login`, or set HF_TOKEN" in done.stderr
+    assert not [*queued.path.glob("hf-*.log")]

@@ -36,16 +36,19 @@ from . import BACKENDS, Backend, Command, Task, claimed
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, JobHardwareInfo
+    from huggingface_hub._jobs_api import JobAccelerator
 
     from ...config.compose import Request
 
 NAME = "hf"
 BUCKET = "qlora-recipes"
 MOUNT = "/qlora-recipes"
+EVERY = 60  # seconds after which new checkpoints are copied into the bucket
 LOG = "hf-{}.log"
 """The log of a job that has ended, in the run folder; written after all other files have arrived."""
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 _STAYS = ["jobs.json", "*.lock"]  # files of a run folder that only this machine reads
+_CHANGES = ["output/*", "*.part.jsonl"]  # brought when the job has ended
 _HOURS = {"minute": 1 / 60, "hour": 1.0}
 _REMEDIES = {
     401: "log in with `hf auth login`, or set HF_TOKEN",
@@ -91,7 +94,7 @@ class Hf(Backend):
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str], submits: bool):
         self.options = _options(options)
         self.flavor = _flavor(self.options.flavor)
-        self._gpu = None if rehearsal else _gpu_of(self.flavor)
+        self._gpu = None if rehearsal or not self.flavor.accelerator else _gpu_of(self.flavor.accelerator)
         self._hours = 0.0 if rehearsal else None
 
     def gpu(self, request: "Request") -> Gpu | None:
@@ -106,16 +109,9 @@ class Hf(Backend):
         return self._gpu
 
     def check_size(self, gpus: int, nodes: int) -> None:
-        """Refuse a run that needs more GPUs than the flavor has.
-
-        Raises:
-            UserError: the run needs too many GPUs or nodes.
-        """
+        """Refuse several nodes; `submit` also refuses too many GPUs."""
         if nodes > 1:
             raise UserError(f"--nodes {nodes}: a job of the hub has one machine; leave --nodes out")
-        available = _gpus(self.flavor)
-        if gpus > max(available, 1):
-            raise UserError(f"--gpus {gpus}: too many; flavor {self.flavor.name} has {available}")
 
     def preview(self, task: Task) -> str:
         """Script of the job that would train a run."""
@@ -130,7 +126,11 @@ class Hf(Backend):
         if len(tasks) > 1:
             raise UserError(f"{len(tasks)} runs, but a job of the hub takes one; start each with `recipe run --on hf`")
         hours = self._limit()
-        if tasks:
+        for task in tasks:
+            available = _gpus(self.flavor)
+            if task.gpus > available:
+                problem = f"flavor {self.flavor.name} has {available} GPUs, and the run needs {task.gpus}"
+                raise UserError(problem, key="--on hf", remedy="choose another flavor")
             self._ask(hours)
         return [self._submit(commands, hours) for commands in claimed(tasks)]
 
@@ -140,10 +140,10 @@ class Hf(Backend):
 
     @classmethod
     def state(cls, folder: RunDir, job: Job) -> JobState | None:
-        """State of a job; its files are brought into the run folder, at most once a minute."""
-        if (folder.path / LOG.format(job.id)).exists():
-            return None
-        return _state(folder.path, job.script, job.user, job.id, int(time.monotonic() / 60))
+        """State of a job; the files of all the run's jobs are brought into its folder, at most once a minute."""
+        minute = int(time.monotonic() / 60)
+        jobs = {one.id: one for one in folder.jobs() if one.backend == NAME}
+        return {id_: _state(folder.path, one.script, one.user, id_, minute) for id_, one in jobs.items()}[job.id]
 
     @classmethod
     def cancel(cls, folder: RunDir, job: Job) -> list[str]:
@@ -272,20 +272,17 @@ def _gpus(flavor: "JobHardwareInfo") -> int:
     return int(flavor.accelerator.quantity) if flavor.accelerator else 0
 
 
-def _gpu_of(flavor: "JobHardwareInfo") -> Gpu:
+def _gpu_of(accelerator: "JobAccelerator") -> Gpu:
     """GPU of a flavor; the hub states the memory of all its GPUs.
 
     Raises:
-        UserError: the flavor has no GPU, or one that gpus.yaml does not list.
+        UserError: gpus.yaml has no such GPU.
     """
-    accelerator = flavor.accelerator
-    if accelerator is None:
-        raise UserError(f"flavor {flavor.name} has no GPU", key="--on hf", remedy="choose another, or add --rehearse")
-    memory = int(re.sub(r"\D", "", accelerator.vram)) / _gpus(flavor)
+    memory = int(re.sub(r"\D", "", accelerator.vram)) / int(accelerator.quantity)
     for gpu in catalogue().values():
         if gpu.memory == memory and gpu.name.split()[0] == accelerator.model:
             return gpu
-    return find_gpu(accelerator.model, f"--on hf,flavor={flavor.name}")
+    return find_gpu(accelerator.model, "--on hf: GPU")
 
 
 def _key(folder: RunDir) -> str:
@@ -327,7 +324,7 @@ def _script(commands: Sequence[Command], folders: Sequence[Path]) -> str:
     jinja.filters["quote"] = lambda value: shlex.quote(str(value))
     run = commands[0].folder.path.absolute()
     return jinja.get_template("hf.sh.j2").render(
-        commands=commands, folders=folders, run=run, job=f"{JOB}={NAME}:", seconds=60
+        commands=commands, folders=folders, run=run, job=f"{JOB}={NAME}:", seconds=EVERY
     )
 
 
@@ -353,22 +350,23 @@ def _build_wheel(folder: Path) -> None:
 @lru_cache(maxsize=256)
 def _state(folder: Path, address: str, user: str, job: str, minute: int) -> JobState | None:
     """State of a job, after its files were brought; see `Hf.state`."""
+    log = folder / LOG.format(job)
+    if log.exists():
+        return None
     try:
         with _asking() as hub:
             status = hub.inspect_job(job_id=job, namespace=user).status
             if status.stage == "SCHEDULING":
                 return JobState("queued", status.message or "", job, NAME)
             runs = status.stage == "RUNNING"
-            left_out = [*_STAYS, "output/*"] if runs else _STAYS
+            left_out = [*_STAYS, *_CHANGES] if runs else _STAYS
             hub.sync_bucket(f"{address}/run", str(folder), exclude=left_out, quiet=True)
             if runs:
                 return JobState("running", "", job, NAME)
-            log = "\n".join(hub.fetch_job_logs(job_id=job, namespace=user))
+            write_atomically(log, masked("\n".join(hub.fetch_job_logs(job_id=job, namespace=user))) + "\n")
     except UserError as error:
         say_once(str(error))
         return JobState("unknown")
-    file = folder / LOG.format(job)
-    write_atomically(file, masked(log) + "\n")
     if status.stage != "COMPLETED":
-        say(f"{folder}: job {job} ended as {status.stage}: {status.message or 'no reason given'}; see {file}")
+        say(f"{folder}: job {job} ended as {status.stage}: {status.message or 'no reason given'}; see {log}")
     return None
