@@ -9,7 +9,9 @@ import pytest
 from conftest import Recipe
 from fake_hub import TOKEN, Hub, content, serving
 
-from qlora_recipes.run.backends import hf
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.config.compose import Request
+from qlora_recipes.run.backends import Task, TaskResult, hf
 from qlora_recipes.run.rundir import RunDir
 
 NAME = "haider2024/code-llama-7b"
@@ -163,3 +165,39 @@ def test_a_refused_token_is_told_and_the_run_stays_as_it_is(recipe, queued, hub,
     done = recipe("results")
     assert "log in with `hf auth login`, or set HF_TOKEN" in done.stderr
     assert not [*queued.path.glob("hf-*.log")]
+
+
+def test_the_plan_sets_the_time_limit_and_the_price(recipe, hub):
+    done = recipe.ok("run", "axolotl-alpaca2k/tinyllama-qlora", "--dry-run", "--on", "hf,flavor=l4x1")
+    assert "l4x1: $0.80 an hour; about 1 minutes of training by plan; at most 2 hours, $1.60\n" in done.stderr
+    assert '"$recipe/bin/recipe" resume runs/axolotl-alpaca2k/tinyllama-qlora/' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "counts", "says"),
+    [
+        (["flavor=l4x1", "hours=1"], [2], "flavor l4x1 has 1 GPUs, and the run needs 2; choose another flavor"),
+        (
+            ["flavor=cpu-basic", "hours=1"],
+            [1],
+            "flavor cpu-basic has 0 GPUs, and the run needs 1; choose another flavor",
+        ),
+        (
+            ["flavor=a10g-small"],
+            [1],
+            "no plan says how long the job takes on a10g-small; add a time limit, as in --on hf,flavor=l4x1,hours=3",
+        ),
+        (["flavor=l4x1", "hours=1"], [1, 1], "2 runs, but a job takes one; start each with `recipe run --on hf`"),
+    ],
+)
+def test_a_task_that_does_not_suit_a_flavor_is_refused(hub, options, counts, says):
+    tasks = [Task(TaskResult(NAME), list, {}, count) for count in counts]
+    with pytest.raises(UserError) as refusal:
+        hf.Hf(False, None, options, True).submit(tasks, NAME)
+    assert str(refusal.value) == f"--on hf: {says}"
+
+
+@pytest.mark.parametrize(("name", "gpu"), [("a100-large", "A100 80GB"), ("a10g-largex2", "A10G"), ("cpu-basic", None)])
+def test_the_gpu_of_a_flavor_is_one_of_the_catalogue(hub, name, gpu):
+    found = hf.Hf(False, None, [f"flavor={name}", "hours=1"], True).gpu(Request(NAME))
+    assert (found and found.name) == gpu

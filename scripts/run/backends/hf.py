@@ -114,7 +114,8 @@ class Hf(Backend):
             raise UserError(f"--nodes {nodes}: a job of the hub has one machine; leave --nodes out")
 
     def preview(self, task: Task) -> str:
-        """Script of the job that would train a run."""
+        """Script of the job that would train a run; its price goes to stderr."""
+        self._say_price(self._limit())
         return _script(task.claim(), [Path.cwd()])
 
     def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
@@ -124,14 +125,16 @@ class Hf(Backend):
             UserError: there are several tasks, the user disagrees, or the hub refuses the job.
         """
         if len(tasks) > 1:
-            raise UserError(f"{len(tasks)} runs, but a job of the hub takes one; start each with `recipe run --on hf`")
+            problem = f"{len(tasks)} runs, but a job takes one"
+            raise UserError(problem, key="--on hf", remedy="start each with `recipe run --on hf`")
         hours = self._limit()
         for task in tasks:
             available = _gpus(self.flavor)
             if task.gpus > available:
                 problem = f"flavor {self.flavor.name} has {available} GPUs, and the run needs {task.gpus}"
                 raise UserError(problem, key="--on hf", remedy="choose another flavor")
-            self._ask(hours)
+            self._say_price(hours)
+            self._require_consent()
         return [self._submit(commands, hours) for commands in claimed(tasks)]
 
     def can_wait_for(self, job: JobState | None) -> bool:
@@ -165,11 +168,12 @@ class Hf(Backend):
             raise UserError(f"no plan says how long the job takes on {self.flavor.name}", key="--on hf", remedy=remedy)
         return math.ceil(2 * self._hours) + 1
 
-    def _ask(self, hours: float) -> None:
-        """Say what a job costs, and ask whether to submit it."""
+    def _say_price(self, hours: float) -> None:
         price = self.flavor.unit_cost_usd / _HOURS[self.flavor.unit_label]
-        planned = f"about {self._hours:.2g} hours by plan, " if self._hours else ""
+        planned = f"about {self._hours * 60:.0f} minutes of training by plan; " if self._hours else ""
         say(f"{self.flavor.name}: ${price:.2f} an hour; {planned}at most {hours:g} hours, ${price * hours:.2f}")
+
+    def _require_consent(self) -> None:
         if self.options.ask == "no" or (sys.stdin.isatty() and typer.confirm("Submit the job?", err=True)):
             return
         remedy = "agree, or add ask=no, as in --on hf,flavor=l4x1,ask=no"
