@@ -201,3 +201,14 @@ def test_a_task_that_does_not_suit_a_flavor_is_refused(hub, options, counts, say
 def test_the_gpu_of_a_flavor_is_one_of_the_catalogue(hub, name, gpu):
     found = hf.Hf(False, None, [f"flavor={name}", "hours=1"], True).gpu(Request(NAME))
     assert (found and found.name) == gpu
+
+
+@pytest.mark.long
+def test_a_study_of_one_run_comes_to_its_verdict_in_one_command(recipe, tmp_path, fake_axolotl, hub):
+    words = ("reproduce", "axolotl-alpaca2k", "--only", "tinyllama-qlora", "--rehearse", *ON)
+    assert recipe.json(*words)["steps"][0]["run"] == f"queued (job {hub.job['id']})"
+    assert hub.work(tmp_path, fake_axolotl) == 0, hub.logs
+    hf._state.cache_clear()
+    done = recipe.json(*words)
+    assert [step["run"] for step in done["steps"]] == ["skipped"]
+    assert len(hub.jobs) == 1
