@@ -15,7 +15,7 @@ from nbformat import NotebookNode
 COMMITTED = nbformat.read(notebook.QLORA, as_version=4)
 CODE = [cell for cell in COMMITTED.cells if cell.cell_type == "code"]
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w.]*\d)")
-OF_A_TRAINING = re.compile(r'recipe\("(run|sweep)"')
+OF_A_TRAINING = re.compile(r"api\.run\(")
 """Losses differ with the processor's arithmetic, and memory from run to run."""
 
 
