@@ -199,8 +199,8 @@ def test_a_task_that_does_not_suit_a_flavor_is_refused(hub, options, counts, say
 
 @pytest.mark.parametrize(("name", "gpu"), [("a100-large", "A100 80GB"), ("a10g-largex2", "A10G"), ("cpu-basic", None)])
 def test_the_gpu_of_a_flavor_is_one_of_the_catalogue(hub, name, gpu):
-    found = hf.Hf(False, None, [f"flavor={name}", "hours=1"], True).gpu(Request(NAME))
-    assert (found and found.name) == gpu
+    chosen = hf.Hf(False, None, [f"flavor={name}", "hours=1"], True).gpu(Request(NAME))
+    assert (chosen and chosen.name) == gpu
 
 
 @pytest.mark.long
