@@ -44,10 +44,10 @@ def test_a_batch_without_labels_explains_its_loss_and_gradient():
 
 
 @pytest.mark.parametrize(
-    ("evaluated", "found"),
+    ("evaluated", "names"),
     [([2.5, 2.4], []), ([2.5], []), ([2.5, 2.5], ["training:eval_loss"]), ([math.nan] * 2, ["training:eval_loss"])],
 )
-def test_an_eval_loss_that_is_undefined_or_stays_is_found(evaluated, found):
+def test_an_eval_loss_that_is_undefined_or_stays_is_found(evaluated, names):
     findings = Findings()
     judge = Signals(findings, None)
     for loss in evaluated:
@@ -55,7 +55,7 @@ def test_an_eval_loss_that_is_undefined_or_stays_is_found(evaluated, found):
     for loss in FALLING:
         judge.step(loss, 1.0, 100, 0)
     judge.end()
-    assert [*findings] == found
+    assert [*findings] == names
 
 
 @pytest.mark.parametrize(
