@@ -389,7 +389,7 @@ class Migration:
         )
         special_tokens = models.find(self.config).special_tokens or conversation["special_tokens"]
         if end not in tokens and not re.fullmatch(special_tokens, end):
-            return f"{untrained}, and {end} and what follows it, unless eot_tokens can name it"
+            return f"{untrained}, and {end} and what follows it; --set tokens=[{end}] keeps the end in the loss"
         ends = merging.listed(settings, "eot_tokens")
         if end not in ends:
             self.set("eot_tokens", [*ends, end], "type sharegpt trained on the end of each answer")

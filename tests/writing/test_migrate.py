@@ -638,7 +638,7 @@ def test_the_reason_says_what_no_longer_counts():
     chatml = "type sharegpt is gone; the text of FastChat's conversation chatml, tokenized at once and with BOS first"
     text = "datasets: [{path: x, type: sharegpt, conversation: chatml}]\n"
     lost = f"{chatml}; no longer in the loss:"
-    end = "and <|im_end|> and what follows it, unless eot_tokens can name it"
+    end = "and <|im_end|> and what follows it; --set tokens=[<|im_end|>] keeps the end in the loss"
     assert conversation_of(text)[2] == f"{lost} line breaks around an answer, {end}"
     assert conversation_of(text + "tokens: [<|im_end|>]")[2] == f"{lost} line breaks around an answer"
     assert conversation_of(text + "base_model: Qwen/Qwen2.5-7B")[1:] == (
