@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base import paths
-from .base.processes import prepare_environment
+from .base.terminal import prepare_environment
 from .config.merging import Override
 
 if TYPE_CHECKING:

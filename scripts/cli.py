@@ -18,8 +18,7 @@ from click.exceptions import NoSuchCommand
 from .base import paths
 from .base.errors import UserError, WorkFailed
 from .base.files import DISK_FULL
-from .base.processes import prepare_environment
-from .base.terminal import QUIET, show_messages, warn
+from .base.terminal import QUIET, prepare_environment, show_messages, warn
 from .commands.help import RecipeGroup
 
 FIRST_STEPS = """\

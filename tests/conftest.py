@@ -30,7 +30,7 @@ from qlora_recipes.base import yamlfiles
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0"  # else it maps a few rows in processes that import torch
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see processes.prepare_environment
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see terminal.prepare_environment
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # each worker gets its share of the processors
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1))
 

@@ -27,14 +27,6 @@ SECONDS, MEMORY = 5, 1 << 28  # that another author's pattern or template may ta
 _exceeding: set[str] = set()
 
 
-def prepare_environment() -> None:
-    """Set what torch and CUDA read from the environment, for this process and its children."""
-    # torch's threads would wait in busy loops; with other processes running, training is then many times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # CUDA numbers GPUs as the driver does
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-
-
 def package_version(name: str) -> str | None:
     """Version of an installed package, or None."""
     try:

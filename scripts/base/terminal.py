@@ -1,4 +1,4 @@
-"""Messages and progress of a command, on stderr, without secrets."""
+"""Messages and progress of a command, on stderr, without secrets; its environment."""
 
 import logging
 import os
@@ -25,6 +25,14 @@ PART = "QLORA_RECIPES_PART"  # set for commands that another command starts; onl
 
 _LOG = logging.getLogger("qlora_recipes")
 _OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def prepare_environment() -> None:
+    """Set what torch and CUDA read from the environment, for this process and its children."""
+    # torch's threads would wait in busy loops; with other processes running, training is then many times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # CUDA numbers GPUs as the driver does
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 
 def harmless(text: str) -> str:

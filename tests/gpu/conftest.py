@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see processes.prepare_environment
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see terminal.prepare_environment
 os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0"  # as in tests/conftest.py
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
