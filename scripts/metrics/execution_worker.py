@@ -147,19 +147,19 @@ def equal(expected: Result, result: Result, ordered: bool) -> bool:
     return _has_order(list(zip(*expected, strict=True)), list(zip(*result, strict=True)), (), ordered)
 
 
-def _has_order(expected: Sequence[Any], columns: Sequence[Any], chosen: tuple[int, ...], ordered: bool) -> bool:
-    """True if an order of the columns that begins with the chosen ones gives the expected rows."""
-    if len(chosen) == len(columns):
-        return True
-    for place in range(len(columns)):
-        if place in chosen:
-            continue
-        longer = (*chosen, place)
-        begins = zip(*expected[: len(longer)], strict=True), zip(*(columns[i] for i in longer), strict=True)
-        same = list(begins[0]) == list(begins[1]) if ordered else Counter(begins[0]) == Counter(begins[1])
-        if same and _has_order(expected, columns, longer, ordered):
+def _has_order(expected: Sequence[Any], columns: Sequence[Any], chosen: Sequence[Any], ordered: bool) -> bool:
+    """True if an order of columns that begins with the chosen ones gives the expected rows."""
+    first = list(zip(*expected[: len(chosen)], strict=True))
+    rows = list(zip(*chosen, strict=True))
+    if ordered and first != rows:
+        return False
+    if Counter(first) != Counter(rows):
+        return False
+    for place, column in enumerate(columns):
+        rest = (*columns[:place], *columns[place + 1 :])
+        if _has_order(expected, rest, (*chosen, column), ordered):
             return True
-    return False
+    return not columns
 
 
 def _tokens(query: str) -> Iterator[tuple[Any, str]]:
