@@ -11,7 +11,7 @@ from fake_hub import TOKEN, Hub, content, serving
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config.compose import Request
-from qlora_recipes.run.backends import Task, TaskResult, hf
+from qlora_recipes.run.backends import Command, Task, TaskResult, hf
 from qlora_recipes.run.rundir import RunDir
 
 NAME = "haider2024/code-llama-7b"
@@ -150,6 +150,15 @@ def test_what_is_refused_starts_nothing(recipe, tmp_path, tiny_profile, hub, on,
     assert not hub.jobs
 
 
+def test_a_run_has_one_job_at_a_time_because_they_share_a_folder(queued, hub):
+    command = Command("evaluate", queued, ["evaluate", str(queued.path)], TaskResult(NAME))
+    task = Task(command.result, lambda: [command], {}, 0)
+    with pytest.raises(UserError) as refusal:
+        hf.Hf(True, None, ["flavor=cpu-basic", "ask=no"], True).submit([task], NAME)
+    assert str(refusal.value) == f"{queued.path}: another job of the run has not ended; wait, or cancel the run"
+    assert len(hub.jobs) == 1
+
+
 @pytest.mark.parametrize("ends", ["COMPLETED", "ERROR"])
 def test_a_job_that_ended_without_results_can_be_resumed(recipe, queued, hub, ends):
     hub.set(ends, "Job failed with exit code: 1")
@@ -169,7 +178,7 @@ def test_a_refused_token_is_told_and_the_run_stays_as_it_is(recipe, queued, hub,
 
 def test_the_plan_sets_the_time_limit_and_the_price(recipe, hub):
     done = recipe.ok("run", "axolotl-alpaca2k/tinyllama-qlora", "--dry-run", "--on", "hf,flavor=l4x1")
-    assert "l4x1: $0.80 an hour; about 1 minutes of training by plan; at most 2 hours, $1.60\n" in done.stderr
+    assert "l4x1: $0.80 an hour; about 2 minutes of training by plan; at most 2 hours, $1.60\n" in done.stderr
     assert '"$recipe/bin/recipe" resume runs/axolotl-alpaca2k/tinyllama-qlora/' in done.stdout
 
 

@@ -71,7 +71,7 @@ class Options(BaseModel, extra="forbid"):
     """
 
     flavor: _Name
-    hours: float | None = Field(None, gt=0)
+    hours: float | None = Field(None, gt=0, allow_inf_nan=False)
     namespace: _Name | None = None
     image: str = IMAGE
     ask: Literal["yes", "no"] = "yes"
@@ -170,7 +170,7 @@ class Hf(Backend):
 
     def _say_price(self, hours: float) -> None:
         price = self.flavor.unit_cost_usd / _HOURS[self.flavor.unit_label]
-        planned = f"about {self._hours * 60:.0f} minutes of training by plan; " if self._hours else ""
+        planned = f"about {math.ceil(self._hours * 60)} minutes of training by plan; " if self._hours else ""
         say(f"{self.flavor.name}: ${price:.2f} an hour; {planned}at most {hours:g} hours, ${price * hours:.2f}")
 
     def _require_consent(self) -> None:
@@ -182,37 +182,38 @@ class Hf(Backend):
     def _submit(self, commands: Sequence[Command], hours: float) -> RunDir:
         """Submit a run's commands as one job."""
         folder = commands[0].folder
+        if any(job.backend == NAME and self.state(folder, job) for job in folder.jobs()):
+            raise UserError(f"{folder.path}: another job of the run has not ended", remedy="wait, or cancel the run")
+        options = f"hf,flavor={self.flavor.name},hours={hours:g}"
         try:
             with _asking() as hub:
                 user = self.options.namespace or hub.whoami()["name"]
                 bucket = f"{user}/{BUCKET}"
-                self._upload(hub, bucket, commands)
+                address = f"hf://buckets/{bucket}/{_key(folder)}"
+                self._upload(hub, bucket, address, commands)
+                name = re.sub(r"[^\w-]", "-", commands[0].result.recipe)
                 job = hub.run_job(
                     image=self.options.image,
                     command=["bash", f"{MOUNT}/input/job.sh"],
                     secrets=_secrets(folder),
                     flavor=self.flavor.name,
                     timeout=int(hours * 3600),
-                    name=re.sub(r"[^\w-]", "-", commands[0].result.recipe),
+                    name=name,
                     volumes=[_volume(bucket, folder)],
                     namespace=user,
                 )
         except UserError as error:
-            remedy = (
-                f"then `recipe resume {folder.quoted} --on hf,flavor={self.flavor.name},hours={hours:g}` submits it"
-            )
+            remedy = f"then `recipe resume {folder.quoted} --on {options}` submits it"
             raise UserError(f"{folder.path}: {error}; {remedy}") from None
         say(f"job {job.id}: {job.url}")
         for command in commands:
-            address = f"hf://buckets/{bucket}/{_key(folder)}"
-            folder.add_job(
-                Job(backend=NAME, id=job.id, step=command.step, user=user, script=address, words=command.words)
-            )
+            words = command.words
+            folder.add_job(Job(backend=NAME, id=job.id, step=command.step, user=user, script=address, words=words))
             command.result.steps[command.step] = f"queued (job {job.id})"
         _state.cache_clear()
         return folder
 
-    def _upload(self, hub: "HfApi", bucket: str, commands: Sequence[Command]) -> None:
+    def _upload(self, hub: "HfApi", bucket: str, address: str, commands: Sequence[Command]) -> None:
         """Copy the code, the lock, a run's files and its folder into the bucket."""
         folder = commands[0].folder
         record = folder.read()
@@ -228,7 +229,6 @@ class Hf(Backend):
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, copy)
             write_atomically(inputs / "job.sh", _script(commands, [Path.cwd(), Path(record.cwd)]))
-            address = f"hf://buckets/{bucket}/{_key(folder)}"
             hub.sync_bucket(name, f"{address}/input", delete=True, quiet=True)
             hub.sync_bucket(str(folder.path), f"{address}/run", exclude=_STAYS, quiet=True)
 
