@@ -171,7 +171,8 @@ class Hf(Backend):
     def _say_price(self, hours: float) -> None:
         price = self.flavor.unit_cost_usd / _HOURS[self.flavor.unit_label]
         planned = f"about {math.ceil(self._hours * 60)} minutes of training by plan; " if self._hours else ""
-        say(f"{self.flavor.name}: ${price:.2f} an hour; {planned}at most {hours:g} hours, ${price * hours:.2f}")
+        limit = f"at most {hours:g} hours, ${price * hours:.2f}"
+        say(f"{self.flavor.name}: ${price:.2f} an hour; {planned}{limit}")
 
     def _require_consent(self) -> None:
         if self.options.ask == "no" or (sys.stdin.isatty() and typer.confirm("Submit the job?", err=True)):
