@@ -128,7 +128,12 @@ class RunPlugin(BasePlugin):
         Tokenizers of Llama 3.2's mirrors pad on the left (seen in PEFT's pull request 3526), Meta's on the right. This
         method makes mirrors pad on the right, so that batches are the same as with Meta's model. Recipes set the same
         pad token for both.
+
+        With preference pairs, Axolotl saves the adapter and then the base model (train.py, save_trained_model), whose
+        layers TRL has renamed, so that nothing can load it. This method leaves it out.
         """
+        if cfg.rl and isinstance(trainer.model, PeftModel):
+            trainer.model.get_base_model().save_pretrained = _save_nothing
         if models.original(cfg.base_model) != cfg.base_model:
             trainer.processing_class.padding_side = "right"
         save = trainer._save_checkpoint
@@ -432,6 +437,10 @@ def gather(value: float, device: torch.device) -> list[float]:
     gathered = [mine.clone() for _ in range(WORLD_SIZE)]
     dist.all_gather(gathered, mine)
     return [float(number) for number in gathered]
+
+
+def _save_nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 def _note(output: str, **record: Any) -> None:

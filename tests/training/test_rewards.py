@@ -58,7 +58,7 @@ def config(folder: Path, model: Path) -> yamlfiles.Config:
         "lr_scheduler": "constant",
         "optimizer": "adamw_torch",
         "eval_strategy": "epoch",
-        "save_strategy": "no",
+        "save_steps": 2,
         "logging_steps": 1,
         "bf16": False,
         "seed": 1,
@@ -161,3 +161,18 @@ PAIR, OTHER, SHORT = ([1, 2], [3], [4, 5]), ([1, 2], [3, 4], [5]), ([1], [2], [3
 )
 def test_the_hash_of_pairs_depends_on_tokens_not_on_order(rows, is_same):
     assert (hash_of(rows) == hash_of([PAIR, OTHER])) == is_same
+
+
+def test_the_output_has_the_adapter_without_base_weights(run):
+    assert [file.name for file in run.output.glob("*.safetensors")] == ["adapter_model.safetensors"]
+
+
+@pytest.mark.long
+def test_a_resumed_training_ends_with_the_same_adapter(tmp_path, run, content):
+    checkpoint = run.output / "checkpoint-2"
+    resumed = train_runs(tmp_path, {"resumed": content | {"resume_from_checkpoint": str(checkpoint)}})["resumed"]
+    steps = [record["step"] for record in resumed.read_metrics() if "loss" in record]
+    assert steps == [3, 4]
+    adapters = [(output / "adapter_model.safetensors").read_bytes() for output in (run.output, resumed.output)]
+    assert adapters[0] == adapters[1]
+    assert adapters[0] != (checkpoint / "adapter_model.safetensors").read_bytes()
