@@ -50,7 +50,8 @@ EXAMPLES = [(named(page), line) for page in PAGES for block in FENCE.findall(pag
 
 
 def test_every_command_in_a_block_of_code_parses(place):
-    (place / "mine.jsonl").touch()  # of `recipe new --data`
+    for name in ("mine.jsonl", "pairs.jsonl"):  # of `recipe new --data`
+        (place / name).touch()
     wrong = []
     for page, line in EXAMPLES:
         try:
@@ -67,6 +68,7 @@ def test_offline_examples_run_and_print_as_shown(page, recipe, tmp_path):
     offline = {"diff", "list", "new", "render", "show", "study"}
     chats = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
     write_rows(tmp_path / "mine.jsonl", [chats] * 100)
+    write_rows(tmp_path / "pairs.jsonl", [{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}] * 100)
     (tmp_path / "mine.csv").write_text("query;reply\n" + "1 + 1?;2\n" * 100)
     text = (paths.RECIPES / "haider2024" / "llama-3-8b.yaml").read_text()
     for right, wrong in (("weight_decay:", "weight_decai:"), ("- v_proj", "- v_prj"), ("bf16: false", "bf16: true")):
