@@ -383,6 +383,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
             if name != "diff":
                 times = {"tulu3": 1100, "loraga": 80}.get(study.data.key, 25)  # steps of 128 rows; 94 of warm-up
                 repeat_rows(rows / "train.jsonl", times)
+                if "train_pairs" in study.data.splits:
+                    repeat_rows(rows / "train_pairs.jsonl", 50)
     return folder / "data"
 
 

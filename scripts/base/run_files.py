@@ -2,6 +2,9 @@
 
 from enum import StrEnum
 
+MADE_FROM = "adapter.sha256"
+"""File beside weights made from an adapter; it begins with the adapter's hash."""
+
 
 class RunFile(StrEnum):
     """Names in the folder of a run or of one of its evaluations; docs/files.md describes them.

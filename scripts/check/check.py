@@ -15,9 +15,20 @@ from ..base.processes import package_version
 from ..base.yamlfiles import Config
 from ..config import compose, datafiles, models, substitution
 from ..config.compose import Composed, Request
-from ..config.finding import LEAKED, LEVELS, NO_BATCH, Finding, Level, override_errors, refuse, remaining_errors
+from ..config.finding import (
+    LEAKED,
+    LEVELS,
+    NO_BASE,
+    NO_BATCH,
+    Finding,
+    Level,
+    override_errors,
+    refuse,
+    remaining_errors,
+)
 from ..config.gpus import Gpu
-from ..config.origin import header_of
+from ..config.merging import Difference
+from ..config.origin import Base, header_of
 from ..config.training_settings import TrainingSettings
 from ..data import studies
 from ..training import validation
@@ -211,6 +222,8 @@ def _run_findings(case: Case, composed: Composed) -> Iterator[Finding]:
     for why, changes in composed.incompatible.items():
         problem = f"the profile leaves out or changes {', '.join(changes)}, because {why}"
         yield Finding("note", "unfit", "", problem, rule_scope="gpu")
+    if composed.base:
+        yield from _base(composed.base, composed.differences, case.launching)
     if composed.rehearsal:
         return
     if case.launching and not case.gpu and not models.is_small(composed.config):
@@ -218,6 +231,19 @@ def _run_findings(case: Case, composed: Composed) -> Iterator[Finding]:
         yield Finding("error", "no-gpu", "", problem, "add --rehearse for a trial", rule_scope="machine")
     if not case.wrong:  # steps cannot be counted with values that break the schema
         yield from _fixed_warm_up(composed, case.gpus)
+
+
+def _base(base: Base, differences: Iterable[Difference], launching: bool) -> Iterator[Finding]:
+    """A missing base of a recipe that begins with another recipe's run, or another model in its place."""
+    if not base.adapter:
+        level: Level = "error" if launching else "note"
+        problem = f"the merged model of {base.recipe} does not exist yet"
+        yield Finding(level, NO_BASE, "base_model", problem, base.remedy, rule_scope="file")
+    for change in differences:
+        if change.key == "base_model" and change.source not in (compose.source_of(base), compose.OF_REHEARSAL):
+            problem = f"{change.run} instead of the merged model of {base.recipe}, which the header names as base"
+            remedy = "leave base_model out, or delete base in the header of a copy"
+            yield Finding("error", "other-base", "base_model", problem, remedy)
 
 
 def _duplicate_keys(file: Path) -> Iterator[Finding]:
@@ -374,7 +400,7 @@ def training_lengths(composed: Composed, force: Sequence[str] = ()) -> tuple[lis
 def is_found_at_start(name: str) -> bool:
     """True for the name of a finding about a data file, its rows or this machine, see `Finding.name`."""
     rule, _, key = name.partition(":")
-    if rule in (NO_BATCH, validation.NOT_VALIDATED):
+    if rule in (NO_BASE, NO_BATCH, validation.NOT_VALIDATED):
         return True
     scope = RULES[rule].scope if rule in RULES else "config"
     return Finding("note", rule, key, "", rule_scope=scope).scope in ("data", "machine")

@@ -108,7 +108,7 @@ class Wording(NamedTuple):
         return Finding(self.level, self.rule or rule, key, problem, self.remedy, *rows.place)
 
 
-_AS_WRITTEN = ("input_output", "passthrough", "None")
+_AS_WRITTEN = ("completion", "input_output", "passthrough", "None")
 """Types whose rows have special tokens on purpose."""
 LEAKED_ROWS = Wording("warning", "{n} also in the training data: scores mean little", "drop them from it")
 _WORDING = {

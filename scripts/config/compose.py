@@ -14,12 +14,13 @@ from . import datafiles, gpus, keys, merging, models, numerics, substitution
 from .datafiles import DataFile
 from .gpus import Gpu
 from .merging import Difference, Override, Source
-from .origin import origin_of
+from .origin import Base, header_of, origin_of
 from .profiles import ADAPTED, Incompatible, adapted, incompatible_keys
 from .training_settings import SEED
 
 REHEARSAL = "rehearsal"
 MIRROR = "mirror"  # the profile that replaces the base model by an ungated copy
+OF_REHEARSAL = Source("profile", REHEARSAL)
 TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that do not affect training
 
 
@@ -35,6 +36,7 @@ class Request:
     dry_run: bool = False
     force: list[str] = field(default_factory=list)
     nodes: int = 1
+    base: Path | None = None  # run of the recipe that the header names as base; by default the newest
 
     @property
     def ranks(self) -> int:
@@ -69,6 +71,7 @@ class Composed:
         data: the data files; empty until they are read.
         incompatible: profile keys that do not suit the config, grouped by reason; see `profiles.incompatible_keys`.
         of_variant: changes from the origin to the recipe file.
+        base: run whose merged model is the base model, if the recipe's header names a base.
     """
 
     recipe: str
@@ -81,6 +84,7 @@ class Composed:
     data: list[DataFile] = field(default_factory=list)
     incompatible: Incompatible = field(default_factory=dict)
     of_variant: list[Difference] = field(default_factory=list)
+    base: Base | None = None
 
     @property
     def from_origin(self) -> list[Difference]:
@@ -117,6 +121,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     composition = _Composition(request, gpu, _profiles(request), built_in)
     composition.derive(content, file)
     of_variant, of_file = composition.differences(built_in), composition.config
+    base = composition.start_from(header_of(file).base)
     composition.mirror()
     composition.apply_profiles()
     composition.apply_overrides()
@@ -135,7 +140,14 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
         rehearsal=composition.is_rehearsal,
         incompatible=composition.incompatible,
         of_variant=of_variant,
+        base=base,
     )
+
+
+def source_of(base: Base) -> Source:
+    """Source of a base model that another recipe's run determines."""
+    reason = f"merged model of {base.recipe}"
+    return Source("base", detail=reason if base.adapter else f"base model of {base.recipe}, which has no merged run")
 
 
 def profile_file(source: Source) -> Path | None:
@@ -193,6 +205,19 @@ class _Composition:
         derived = recipe | {key: self.config.get(key) for key in keys.affecting("run")}
         derived = {key: value for key, value in derived.items() if value is not None}
         self._adopt(derived, Source("recipe", paths.shown(file)))
+
+    def start_from(self, recipe: str) -> Base | None:
+        """Set the merged model of another recipe's run as base model; until it exists, that recipe's base model."""
+        if not recipe:
+            return None
+        run = self.request.base
+        base = Base.of_run(recipe, run) if run else Base.newest(recipe, self.is_rehearsal)
+        changes: Config = {"base_model": base.model}
+        if not base.adapter:
+            content = merging.recipe_content(recipe)
+            changes = {key: content.get(key) for key in ("base_model", "revision_of_model")}
+        self._adopt(merging.merge(self.config, changes), source_of(base))
+        return base
 
     def mirror(self) -> None:
         """Replace a gated base model by its ungated copy, for the profile mirror."""

@@ -333,14 +333,14 @@ def existing_files(dataset: DatasetRef) -> list[Path]:
 
 
 _NAME_FILES = ("base_model", "tokenizer_config", "lora_model_dir", "deepspeed", "chat_template_jinja")
-_OF_MODELS = re.compile(r".*\.(json|jinja|model|txt)|adapter_model\..*")
+_OF_MODELS = re.compile(r".*\.(json|jinja|model|txt)|adapter_model\..*|adapter\.sha256")
 
 
 def named_files(config: Config) -> list[DataFile]:
     """Local files other than data that a config names, with hashes.
 
-    From a model's folder, this function lists settings, tokenizer, and an adapter's weights, but not the base weights.
-    The rehearsal's small model, which is created on demand, is left out.
+    From a model's folder, this function lists settings, tokenizer, and an adapter's weights or hash, but not the base
+    weights. The rehearsal's small model, which is created on demand, is left out.
     """
     files = set()
     for key, name in flatten(config):

@@ -14,6 +14,8 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 Scope = Literal["step", "config", "code", "data", "file", "gpu", "machine"]
 MOST_FINDINGS = 100
 """Largest number of findings about one key; looking for similar names takes milliseconds each."""
+NO_BASE = "no-base"
+"""Finding about a base in the recipe's header that has no merged run."""
 NO_BATCH = "no-batch"
 """Finding about rows that fill no batch."""
 TASK_CODE = "task-code"

@@ -184,7 +184,7 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     return differing
 
 
-SourceKind = Literal["recipe", "profile", "override", "rehearsal", "gpus", "default"]
+SourceKind = Literal["recipe", "profile", "override", "rehearsal", "gpus", "default", "base"]
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,8 @@ class Source:
 
     Attributes:
         kind: `recipe`, the file of a variant or edited copy; `profile`; `override`; `rehearsal`, a substitution;
-            `gpus`, the division of the batch; `default`, a setting that the project makes explicit.
+            `gpus`, the division of the batch; `default`, a setting that the project makes explicit; `base`, the merged
+            model of another recipe's run.
         name: the file, the profile, the key of the override, or the options that request the GPUs.
         detail: the value of the override as written, or the reason for the change.
     """

@@ -3,13 +3,15 @@
 import json
 import re
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import Self
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, did_you_mean
-from ..base.files import Row, sha256
+from ..base.errors import UserError, did_you_mean, recipe_command
+from ..base.files import Row, read_json, sha256
+from ..base.run_files import MADE_FROM, RunFile
 from ..base.secrets import without_secrets
 from ..base.terminal import say
 from . import keys, merging
@@ -29,6 +31,7 @@ class Header:
         parent_sha256: hash of the parent's file at that time.
         origin: recipe of a study behind the parent, if the parent is another recipe or file.
         axolotl: release of Axolotl for which the file was written.
+        base: recipe whose merged run is the base model.
     """
 
     name: str = ""
@@ -36,12 +39,60 @@ class Header:
     parent_sha256: str = ""
     origin: str = ""
     axolotl: str = ""
+    base: str = ""
 
     def lines(self) -> list[str]:
         """The block's lines, without empty fields."""
         fields = asdict(self).items()
         lines = [f"# {field} = {json.dumps(value, ensure_ascii=False)}" for field, value in fields if value]
         return ["# /// recipe", *lines, "# ///"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """Run of a recipe, whose merged model is another recipe's base model.
+
+    Attributes:
+        recipe: name of the recipe.
+        run: folder of the run; empty without one.
+        adapter: hash of the merged adapter; empty until the run's adapter is merged.
+    """
+
+    recipe: str
+    run: str = ""
+    adapter: str = ""
+
+    @classmethod
+    def of_run(cls, recipe: str, folder: Path) -> Self:
+        """Base in a finished run's folder."""
+        base = cls(recipe, str(folder))
+        merged = Path(base.model, MADE_FROM)
+        trained = (read_json(folder / RunFile.RECORD).get("adapter") or {}).get("sha256")
+        if merged.is_file() and merged.read_text() == trained:
+            return replace(base, adapter=trained)
+        return base
+
+    @classmethod
+    def newest(cls, recipe: str, rehearsal: bool) -> Self:
+        """Base in the newest finished run of a recipe, a rehearsal or a real one."""
+        base = cls(recipe)
+        for folder in sorted(paths.run_folders(paths.runs() / recipe)):
+            record = read_json(folder / RunFile.RECORD)
+            is_trained = record.get("state") == "finished" and not record.get("published_adapter")
+            if is_trained and record.get("rehearsal") == rehearsal:
+                base = cls.of_run(recipe, folder)
+        return base
+
+    @property
+    def model(self) -> str:
+        """Folder of the merged model."""
+        return str(Path(self.run, RunFile.OUTPUT, RunFile.MERGED))
+
+    @property
+    def remedy(self) -> str:
+        """Commands that make the merged model."""
+        merge = recipe_command("publish", self.run or self.recipe, "--merge")
+        return f"run {merge}" if self.run else f"run {recipe_command('run', self.recipe)}, then {merge}"
 
 
 def header_of(file: Path) -> Header:

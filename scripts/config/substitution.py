@@ -55,6 +55,7 @@ def substitutions(config: Config, sample: Config, user_settings: Config) -> Iter
     yield from rehearsal.padding()
     yield from rehearsal.held_out()
     yield from rehearsal.last_batch()
+    yield from rehearsal.packs()
     yield from rehearsal.steps()
 
 
@@ -170,6 +171,11 @@ class _Rehearsal:
         packs_training_only = config.get("sample_packing") and config.get("eval_sample_packing") is False
         if packs_training_only and config.get("dataloader_drop_last") is None:
             yield {"dataloader_drop_last": False}, "an incomplete batch of the few held-out rows counts, too"
+
+    def packs(self) -> Iterator[tuple[Config, str]]:
+        """Evaluate single packs, because the few held-out rows fill no larger batch, which Axolotl drops."""
+        if self.config.get("eval_sample_packing") and "eval_batch_size" not in self.user_settings:
+            yield {"eval_batch_size": 1}, "the few held-out rows fill no larger batch"
 
     def steps(self) -> Iterator[tuple[Config, str]]:
         """Replace numbers of steps by shares."""

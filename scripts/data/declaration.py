@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from ..base.errors import did_you_mean, recipe_command
 
-SPLITS = ("train", "valid", "test")
+SPLITS = ("train", "valid", "test", "train_pairs", "test_pairs")
 
 Key = tuple[str, ...]
 """Path of keys in study.yaml, outermost first."""
@@ -23,7 +23,7 @@ _PART = r"[^/\\.\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*"  # of a path: neither `.` no
 FilePath = Annotated[str, StringConstraints(pattern=rf"^({_PART}/)*{_PART}$")]
 DataFolder = Annotated[str, StringConstraints(pattern=rf"^data(/{_PART})+$")]
 RowsFile = Annotated[str, StringConstraints(pattern=r"\.(jsonl|json|csv)$")]
-SplitName = Annotated[str, StringConstraints(pattern=r"^(train|valid|test)$")]
+SplitName = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(SPLITS)})$")]
 
 
 class Strict(BaseModel):

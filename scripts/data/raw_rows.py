@@ -141,6 +141,14 @@ def role_colon(messages: list[dict[str, str]]) -> list[Row]:
     return segments
 
 
+def turns(messages: list[dict[str, str]], form: str) -> str:
+    """Text of a chat: a form for each message, with {role} and {content}."""
+    _limit(len(messages) * len(form))
+    return "".join(
+        _replace(_replace(form, "{role}", message["role"]), "{content}", message["content"]) for message in messages
+    )
+
+
 def dbgpt_schema(database: Mapping[str, Any]) -> str:
     """Schema in words, from a row of Spider's tables.json.
 
@@ -160,7 +168,7 @@ def dbgpt_schema(database: Mapping[str, Any]) -> str:
     return text
 
 
-FILTERS = {"tagged": tagged, "tojson": tojson, "role_colon": role_colon, "dbgpt_schema": dbgpt_schema}
+FILTERS = {"tagged": tagged, "tojson": tojson, "role_colon": role_colon, "turns": turns, "dbgpt_schema": dbgpt_schema}
 _JINJA = Sandbox(**FILTERS)
 
 

@@ -14,7 +14,7 @@ from ..base.errors import UserError, WorkFailed, recipe_command
 from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.hub import importing_axolotl
 from ..base.processes import make_once, start_child
-from ..base.run_files import RunFile
+from ..base.run_files import MADE_FROM, RunFile
 from ..base.terminal import Bar, say, warn
 from ..config import substitution
 from ..evaluate.scores_file import ADAPTER, about_rows
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ..training.validation import GgufTools
 
 CARD = "README.md"
-MADE_FROM = "adapter.sha256"  # file beside weights made from an adapter; holds the adapter's hash
 SUMS = "SHA256SUMS"
 _TEMPLATE = "chat_template.jinja"
 _TOKENIZER = ["tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]

@@ -296,6 +296,8 @@ class RunResult:
     def other_model(self) -> str | None:
         """Base model of the run; None if it is the recipe's model, a copy of it, or a rehearsal's small model."""
         for difference in self.run.from_origin:
+            if difference.source.kind == "base":
+                continue
             if difference.key == "base_model" and not models.is_copy(difference.run, difference.recipe):
                 return None if self.run.rehearsal else str(difference.run)
         return None
@@ -385,6 +387,8 @@ def _is_rehearsed(source: Source) -> bool:
 
 def _is_negligible(change: Difference) -> bool:
     """True for another tracker, output or number of GPUs, a stated default, and a copy of the recipe's model."""
+    if change.source.kind == "base":
+        return True
     if change.key in ("base_model", "tokenizer_config"):
         return models.is_copy(change.run, change.recipe)
     if change.source.kind in ("gpus", "default"):

@@ -323,6 +323,7 @@ def record_of(composed: Composed, request: Request) -> Run:
         forced=request.force,
         gpus_used=request.gpus,
         nodes=request.nodes,
+        base=composed.base,
         data=composed.data,
         named_files=datafiles.named_files(composed.config),
         test_data=datafiles.test_file(composed.config),

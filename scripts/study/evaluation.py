@@ -19,6 +19,7 @@ from ..base.terminal import say
 from ..config import datafiles, models, substitution
 from ..config.compose import MIRROR, Composed, Request
 from ..config.merging import Override, recipe_content
+from ..config.origin import Base, header_of
 from ..data.published import FORK_WEIGHTS, AdapterFormat
 from ..evaluate import evaluation_rows
 from ..evaluate.engines import ENGINES
@@ -166,10 +167,24 @@ def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
     """Return a request that composes a recipe with an adapter's base model.
 
     The base model is the recipe's model, an ungated copy of it, or a rehearsal's small model.
+
+    Raises:
+        UserError: the recipe trains on another recipe's merged model, and the adapter names something else as its base.
     """
     trained_on = str(read_json(adapter / RunFile.ADAPTER_CONFIG).get("base_model_name_or_path"))
     base_model = recipe_content(name).get("base_model")
     request = Request(name, rehearse=Path(trained_on).name == substitution.folder().name, force=[*force])
+    if base := header_of(find_recipe(name)[1]).base:
+        run = Path(trained_on).parent.parent
+        record = read_json(run / RunFile.RECORD)
+        if record.get("recipe") != base or not Base.of_run(base, run).adapter:
+            raise UserError(
+                f"{trained_on}: not a merged model of {base}, on which {name} trains",
+                file=adapter / RunFile.ADAPTER_CONFIG,
+                key="base_model_name_or_path",
+                remedy=f"if the adapter was trained on one, name its folder; {Base(base).remedy}",
+            )
+        return replace(request, rehearse=bool(record.get("rehearsal")), base=run)
     if models.is_copy(trained_on, base_model):
         if trained_on != base_model:
             request.profiles = [MIRROR]

@@ -12,9 +12,10 @@ from ..base.terminal import warn, warn_once
 from ..check import check
 from ..config import compose, datafiles
 from ..config.compose import Request
-from ..config.finding import Finding, unknown_force
+from ..config.finding import NO_BASE, Finding, unknown_force
 from ..config.gpus import Gpu
 from ..config.merging import recipe_content
+from ..config.origin import Base
 from ..config.training_settings import TrainingSettings
 from ..evaluate import benchmarks
 from ..evaluate.evaluate import EvaluationRequest, is_complete, resolve
@@ -23,6 +24,7 @@ from ..metrics.metric import Column, LossMetric
 from ..plan import plan, step_plan
 from ..run import backends, run, trust
 from ..run.backends import DONE, FAILED, SKIPPED, Backend, Command, Step, Task, TaskResult
+from ..run.backends.local import Local
 from ..run.rundir import RunDir, all_runs
 from ..training import validation
 from ..training.run_record import Run
@@ -107,6 +109,8 @@ class Pipeline:
         needed_gib: required memory; None before the plan.
         forceable: names that `--force` accepts: those of this pipeline's findings, and those that the existing run
             has overridden.
+        base: pipeline whose run is the base of this one; see `link`.
+        merges: True to merge the trained adapter, for pipelines with this base.
 
     Raises:
         UserError: the config is invalid.
@@ -129,6 +133,8 @@ class Pipeline:
         self.existing: tuple[RunDir, Run] | None = None
         self.needed_gib: float | None = None
         self.forceable: set[str] = set()
+        self.base: Pipeline | None = None
+        self.merges = False
 
     @property
     def state(self) -> str | None:
@@ -175,6 +181,8 @@ class Pipeline:
         if starts:
             check.add_validation([report], self.gpu, self.request.force)
         findings = [finding for finding in self._relevant(report) if finding.scope != "data"]
+        if self.base:
+            findings = [finding for finding in findings if finding.rule != NO_BASE]
         errors = _errors(findings)
         if starts and not errors:
             errors = self._benchmark_errors()
@@ -279,6 +287,7 @@ class Pipeline:
         Raises:
             UserError: the run is running on this machine.
         """
+        self._start_from_base()
         self._wait_for_start()
         if self.existing is None:
             return self._training(run.create(self.composed, self.request))
@@ -286,7 +295,7 @@ class Pipeline:
         if record.state == "finished":
             self.result.run = folder.path
             self.result.steps["run"] = SKIPPED
-            return self._evaluation_of(folder, trained=True)
+            return [*self._merge(folder), *self._evaluation_of(folder, trained=True)]
         if record.state == "running" and not folder.jobs():
             raise UserError(f"{folder.path}: still running; `recipe cancel {folder.quoted}` stops it at a checkpoint")
         job = backends.job_state(folder, "run")
@@ -297,6 +306,22 @@ class Pipeline:
         self.result.steps["run"] = str(job or record.state)
         return self._evaluation_of(folder, trained=self.backend.can_wait_for(job))
 
+    def _start_from_base(self) -> None:
+        """Compose the config again with the run of the base, which has been trained since.
+
+        Raises:
+            UserError: the base has no merged run.
+        """
+        if self.base:
+            trained = self.base.result.run
+            if trained is None or self.base.result.problem:
+                raise UserError(f"{self.base.result.label}, its base, is not finished; run the same command again then")
+            self.request = replace(self.request, base=trained)
+            self.composed = compose.compose(self.request, self.gpu)
+        base = self.composed.base
+        if base and not base.adapter:
+            raise UserError(f"the merged model of {base.recipe} does not exist yet", remedy=base.remedy)
+
     def _wait_for_start(self) -> None:
         """Look up the existing run; wait while it was just created, until it runs or turns out to be interrupted."""
         self.look_up()
@@ -306,8 +331,16 @@ class Pipeline:
 
     def _training(self, run_dir: RunDir) -> list[Command]:
         """Commands that train a run and evaluate it, if its metrics need predictions."""
-        training = run.resume_command(run_dir, self.result)
-        return [training, self._evaluation_command(run_dir)] if self._generates() else [training]
+        commands = [run.resume_command(run_dir, self.result), *self._merge(run_dir)]
+        if self._generates():
+            commands.append(self._evaluation_command(run_dir))
+        return commands
+
+    def _merge(self, run_dir: RunDir) -> list[Command]:
+        """Command that merges a run's adapter, if other pipelines need it and it is not merged yet."""
+        if not self.merges or Base.of_run(self.result.recipe, run_dir.path).adapter:
+            return []
+        return [Command("merge", run_dir, ["publish", str(run_dir.path), "--merge"], self.result)]
 
     def _evaluation_command(self, run_dir: RunDir) -> Command:
         return evaluation_command(run_dir, self.evaluation, self.result)
@@ -366,6 +399,15 @@ def pipelines_of(
         except UserError as error:
             result.fail("check", error.summary, *map(str, error.further))
     return pipelines
+
+
+def link(pipelines: Sequence[Pipeline]) -> None:
+    """Connect each pipeline whose recipe begins with the run of another one to that one, with the same seed if any."""
+    for pipeline in pipelines:
+        for other in pipelines:
+            base = pipeline.composed.base
+            if base and base.recipe == other.result.recipe and pipeline.result.seed == other.result.seed:
+                pipeline.base, other.merges = other, isinstance(other.backend, Local)
 
 
 def require_known(force: Sequence[str], pipelines: Sequence[Pipeline], dry_run: bool = False) -> None:

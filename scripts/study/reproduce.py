@@ -32,7 +32,7 @@ from ..run.backends import DONE, Backend, TaskResult
 from ..run.rundir import all_runs, readable
 from . import published_predictions
 from .evaluation import adapter_run, compose_for_adapter, convert_to_peft, locate_adapter
-from .pipeline import Pipeline, pipelines_of, require_known, require_scorer_models, seeds_of, validate_all
+from .pipeline import Pipeline, link, pipelines_of, require_known, require_scorer_models, seeds_of, validate_all
 from .sweep import recorded_sweeps
 
 
@@ -89,11 +89,15 @@ def reproduce(
         evaluation.metrics = [*evaluation.metrics, *_declared_scorer(study)]
     with held(lock(request.name), "another reproduction of this study is running"):
         pipelines = pipelines_of(requested, evaluation, backend)
+        link(pipelines)
         ready = _planned(_with_data(study, pipelines))
         require_known(request.force, pipelines)
         tasks = [pipeline.task() for pipeline in ready]
         require_scorer_models(tasks, study.columns, evaluation, request.rehearse)
-        backend.submit(tasks, request.name)
+        while ready:  # first those on which others are based
+            first = [pipeline for pipeline in ready if pipeline.base not in ready]
+            backend.submit([pipeline.task() for pipeline in first], request.name)
+            ready = [pipeline for pipeline in ready if pipeline not in first]
     return [result for result, _ in requested]
 
 
@@ -161,6 +165,7 @@ def outline(
     """
     requested = _requested_runs(study, request, only, seeds)
     pipelines = {pipeline.result.label: pipeline for pipeline in pipelines_of(requested, evaluation, backend, gpu)}
+    link([*pipelines.values()])
     rows = []
     sizes: dict[str, float] = {}
     with Bar("planning", len(requested)) as bar:

@@ -15,6 +15,7 @@ from ..base.hardware import GpuInfo, cpu_name, torch_cuda, visible_gpus
 from ..base.processes import now, package_version
 from ..config.datafiles import DataFile
 from ..config.merging import Difference, Override, chained
+from ..config.origin import Base
 from ..data.declaration import Count, Sha256
 from ..metrics.metric import EvalLosses, Rewards
 from .trackers import TrackedRun
@@ -292,6 +293,7 @@ class Run(RecordVersion):
     hmac: str | None = None  # see `trust.hmac_of` in run/
     gpus_used: int = 1  # GPUs per node
     nodes: int = 1
+    base: Base | None = None  # whose merged model was the base model
     differences: list[Difference] = []  # between the run's config and the recipe file
     of_variant: list[Difference] = []  # between the recipe file and the built-in recipe
     data: list[DataFile] = []

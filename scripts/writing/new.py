@@ -22,7 +22,7 @@ from ..check.check import Report
 from ..config import compose, datafiles, keys, merging, models
 from ..config.finding import Finding, override_errors, refuse, unknown_force
 from ..config.merging import Override
-from ..config.origin import Header, origin_of
+from ..config.origin import Header, header_of, origin_of
 from . import migrate, own_rows
 from .migrate import Migration, OldConfig
 from .own_rows import RowsRequest
@@ -277,6 +277,8 @@ def variant_text(name: str, folder: Path, base: str, overrides: list[Override], 
     for key, source in sources.items():
         text = edited(text, key, Change(config.get(key), source), str(base_file))
     header = Header(name=name, parent=base_name, parent_sha256=sha256(base_file), axolotl=version("axolotl"))
+    if "base_model" not in sources:
+        header.base = header_of(base_file).base
     origin = origin_of(base_name, base_file)
     if origin and origin != base_name:
         header.origin = origin

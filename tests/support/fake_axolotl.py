@@ -241,10 +241,12 @@ def prepare(cfg: yamlfiles.Config) -> None:
             sys.exit(f"{rows} is half of what it should be")
 
 
-def merge(output: Path) -> None:
+def merge(base: Path, output: Path) -> None:
     """Write a merged model, and wait in its middle if there is a file to wait for."""
     (output / "debug.log").touch()
     (output / "merged").mkdir()
+    if (base / "config.json").is_file():
+        shutil.copy(base / "config.json", output / "merged")
     with (output / "merged" / "model.safetensors").open("wb") as stream:
         stream.write(b"half")
         stream.flush()
@@ -264,7 +266,7 @@ def main() -> None:
     words, _ = parser.parse_known_args()
     cfg = yamlfiles.read_yaml(words.config)
     if words.command == "merge-lora":
-        merge(words.output_dir)
+        merge(Path(str(cfg["base_model"])), words.output_dir)
         return
     note_phase(cfg, "reading and tokenizing rows")
     prepare(cfg)

@@ -98,7 +98,7 @@ def templates(tmp_path: Path) -> Path:
         ),
         pytest.param(
             '{% extends "_recipe.yaml.j2" %}',
-            "_recipe.yaml.j2:11: Required block 'header' not found",
+            "_recipe.yaml.j2:14: Required block 'header' not found",
             id="missing-block",
         ),
     ],

@@ -25,8 +25,8 @@ BACKENDS: "Registry[type[Backend]]" = Registry("backend", f"{__name__}.local", f
 """Backends by the name that --on gives them."""
 
 DONE, SKIPPED, FAILED = "done", "skipped", "failed"
-Step = Literal["prepare", "run", "evaluate"]
-DOES = {"run": "the training", "evaluate": "the evaluation"}
+Step = Literal["prepare", "run", "merge", "evaluate"]
+DOES = {"run": "the training", "merge": "the merge", "evaluate": "the evaluation"}
 
 
 @dataclass
