@@ -48,5 +48,6 @@ def test_a_warm_up_of_3_percent_is_rounded_up_as_by_the_authors_transformers(stu
 def test_no_other_recipe_has_a_ratio_that_rounding_changes():
     configs = {name: recipe_config(name) for name in paths.recipe_names()}
     ratios = {name: config for name, config in configs.items() if config.get("warmup_ratio")}
-    assert {name.partition("/")[0] for name in ratios} == {"peft-metamathqa"}
-    assert {cfg["warmup_ratio"] * (TrainingSettings.of(cfg).steps(20_000) or 0) for cfg in ratios.values()} == {500}
+    assert {name.partition("/")[0] for name in ratios} == {"peft-metamathqa", "zephyr"}
+    steps = {cfg["warmup_ratio"] * (TrainingSettings.of(cfg).steps(20_000) or 0) for cfg in ratios.values()}
+    assert steps == {500, 125, 0}  # zephyr's own are not known: packs, and pairs that are dropped

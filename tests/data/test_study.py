@@ -105,6 +105,7 @@ AUTHORS = {  # the first words of comments on settings that the authors of a stu
         *("sft_sweep.md", "chat_datasets.py", "role_colon.py", "chat_sl/train.py", "supervised/", "sweep/cli.py"),
         *("weights/README.md", "sdk.md"),
     ),
+    "zephyr": ("config", "handbook"),
 }
 
 

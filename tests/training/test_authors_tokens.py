@@ -374,3 +374,39 @@ def test_alpacas_rows_have_their_authors_tokens_and_loss(model, recipe, loss_on_
         assert tokens.labels[:limit] == (ids if loss_on_prompt else labels)[:limit]
         cut += len(ids) > 512
     assert 0 < cut < len(raw)
+
+
+ZEPHYR = (  # src/alignment/data.py, DEFAULT_CHAT_TEMPLATE
+    "{% for message in messages %}\n"
+    "{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n"
+    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+
+
+def test_zephyrs_chats_and_pairs_have_the_authors_texts_and_tokens(sentencepiece):
+    sft = tokenizer_of("zephyr/sft-qlora", sentencepiece)
+    dpo = tokenizer_of("zephyr/dpo-qlora", sentencepiece)
+    tokenizer = sft.tokenizer
+    write = partial(tokenizer.apply_chat_template, chat_template=ZEPHYR, tokenize=False)
+    chats = [chat(random.Random(seed)) for seed in range(50)]
+    refusals = [[*messages[:-1], {"role": "assistant", "content": "No."}] for messages in chats]
+    texts = prepared("zephyr", "train", [{"messages": messages} for messages in chats])
+    pairs = prepared(
+        "zephyr", "train_pairs", [{"chosen": a, "rejected": b} for a, b in zip(chats, refusals, strict=True)]
+    )
+    rows = sft.tokenize(FIRST, texts)
+    ids = preferences.tokenize(dpo.cfg, DatasetRef("datasets", 0, {}, "dpo"), dpo.tokenizer, pairs)
+    for i, messages in enumerate(chats):
+        empty = [] if messages[0]["role"] == "system" else [{"role": "system", "content": ""}]
+        text = write(empty + messages)
+        answers = write(messages[-1:]), write(refusals[i][-1:])
+        assert texts[i] == {"text": text}
+        assert pairs[i] == dict(
+            zip(("prompt", "chosen", "rejected"), (write(empty + messages[:-1]), *answers), strict=True)
+        )
+        assert rows[i].ids == rows[i].labels == [*encoded(tokenizer, text), tokenizer.eos_token_id]
+        for answer, tokens in zip(answers, (ids[i].chosen, ids[i].rejected), strict=True):
+            assert ids[i].prompt + tokens == [*encoded(tokenizer, pairs[i]["prompt"] + answer), tokenizer.eos_token_id]
