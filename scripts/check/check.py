@@ -27,8 +27,7 @@ from ..config.finding import (
     remaining_errors,
 )
 from ..config.gpus import Gpu
-from ..config.merging import Difference
-from ..config.origin import Base, header_of
+from ..config.origin import header_of
 from ..config.training_settings import TrainingSettings
 from ..data import studies
 from ..training import validation
@@ -223,7 +222,8 @@ def _run_findings(case: Case, composed: Composed) -> Iterator[Finding]:
         problem = f"the profile leaves out or changes {', '.join(changes)}, because {why}"
         yield Finding("note", "unfit", "", problem, rule_scope="gpu")
     if composed.base:
-        yield from _base(composed.base, composed.differences, case.launching)
+        differences = [change for change in composed.differences if change.source != compose.OF_REHEARSAL]
+        yield from composed.base.findings(differences, case.launching)
     if composed.rehearsal:
         return
     if case.launching and not case.gpu and not models.is_small(composed.config):
@@ -231,19 +231,6 @@ def _run_findings(case: Case, composed: Composed) -> Iterator[Finding]:
         yield Finding("error", "no-gpu", "", problem, "add --rehearse for a trial", rule_scope="machine")
     if not case.wrong:  # steps cannot be counted with values that break the schema
         yield from _fixed_warm_up(composed, case.gpus)
-
-
-def _base(base: Base, differences: Iterable[Difference], launching: bool) -> Iterator[Finding]:
-    """A missing base of a recipe that begins with another recipe's run, or another model in its place."""
-    if not base.adapter:
-        level: Level = "error" if launching else "note"
-        problem = f"the merged model of {base.recipe} does not exist yet"
-        yield Finding(level, NO_BASE, "base_model", problem, base.remedy, rule_scope="file")
-    for change in differences:
-        if change.key == "base_model" and change.source not in (compose.source_of(base), compose.OF_REHEARSAL):
-            problem = f"{change.run} instead of the merged model of {base.recipe}, which the header names as base"
-            remedy = "leave base_model out, or delete base in the header of a copy"
-            yield Finding("error", "other-base", "base_model", problem, remedy)
 
 
 def _duplicate_keys(file: Path) -> Iterator[Finding]:

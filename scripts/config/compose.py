@@ -144,12 +144,6 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     )
 
 
-def source_of(base: Base) -> Source:
-    """Source of a base model that another recipe's run determines."""
-    reason = f"merged model of {base.recipe}"
-    return Source("base", detail=reason if base.adapter else f"base model of {base.recipe}, which has no merged run")
-
-
 def profile_file(source: Source) -> Path | None:
     """File of the profile that changed a value; None for other sources."""
     if source.kind != "profile" or source.name == MIRROR:
@@ -212,11 +206,7 @@ class _Composition:
             return None
         run = self.request.base
         base = Base.of_run(recipe, run) if run else Base.newest(recipe, self.is_rehearsal)
-        changes: Config = {"base_model": base.model}
-        if not base.adapter:
-            content = merging.recipe_content(recipe)
-            changes = {key: content.get(key) for key in ("base_model", "revision_of_model")}
-        self._adopt(merging.merge(self.config, changes), source_of(base))
+        self._adopt(merging.merge(self.config, base.changes), base.source)
         return base
 
     def mirror(self) -> None:

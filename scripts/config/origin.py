@@ -3,6 +3,7 @@
 import json
 import re
 import tomllib
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -14,7 +15,10 @@ from ..base.files import Row, read_json, sha256
 from ..base.run_files import MADE_FROM, RunFile
 from ..base.secrets import without_secrets
 from ..base.terminal import say
+from ..base.yamlfiles import Config
 from . import keys, merging
+from .finding import NO_BASE, Finding, Level
+from .merging import Difference, Source
 
 _BLOCK = re.compile(r"^# /// recipe\n((?:#(?: .*)?\n)*?)# ///$", re.MULTILINE)
 
@@ -87,6 +91,33 @@ class Base:
     def model(self) -> str:
         """Folder of the merged model."""
         return str(Path(self.run, RunFile.OUTPUT, RunFile.MERGED))
+
+    @property
+    def changes(self) -> Config:
+        """Base model of a recipe with this base: until the merged one exists, that of the base."""
+        if self.adapter:
+            return {"base_model": self.model}
+        content = merging.recipe_content(self.recipe)
+        return {key: content.get(key) for key in ("base_model", "revision_of_model")}
+
+    @property
+    def source(self) -> Source:
+        """Source of these changes."""
+        if self.adapter:
+            return Source("base", detail=f"merged model of {self.recipe}")
+        return Source("base", detail=f"base model of {self.recipe}, which has no merged run")
+
+    def findings(self, changes: Iterable[Difference], launching: bool) -> Iterator[Finding]:
+        """A missing merged model, which only a run needs, and changes that put another model in its place."""
+        if not self.adapter:
+            level: Level = "error" if launching else "note"
+            problem = f"the merged model of {self.recipe} does not exist yet"
+            yield Finding(level, NO_BASE, "base_model", problem, self.remedy, rule_scope="file")
+        for change in changes:
+            if change.key == "base_model" and change.source != self.source:
+                problem = f"{change.run} instead of the merged model of {self.recipe}, which the header names as base"
+                remedy = "leave base_model out, or delete base in the header of a copy"
+                yield Finding("error", "other-base", "base_model", problem, remedy)
 
     @property
     def remedy(self) -> str:

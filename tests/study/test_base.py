@@ -45,7 +45,9 @@ def trained(name: str, merged: bool = True, **more: Any) -> RunDir:
 
 def findings(composed: Composed, launching: bool = False) -> list[str]:
     report = check.check_config(composed, launching=launching)
-    return [f"{found.level}: {found.text}" for found in report.findings if found.rule in ("no-base", "other-base")]
+    return [
+        f"{finding.level}: {finding.text}" for finding in report.findings if finding.rule in ("no-base", "other-base")
+    ]
 
 
 def test_without_a_merged_run_a_recipe_is_checked_with_the_model_of_its_base_and_not_started(place):
