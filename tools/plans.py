@@ -29,8 +29,6 @@ def step_plans(study: str = "") -> dict[str, StepPlan]:
         for name in paths.recipe_names():
             if name.startswith(study):
                 config = compose(Request(name), gpu).config
-                if config.get("rl"):
-                    continue  # `plan_step` refuses it
                 step, _ = step_plan.plan_step(config, gpu)
                 steps[step.key] = step
         for log in logs(study, gpu).values():
@@ -45,7 +43,7 @@ def logs(study: str = "", gpu: gpus.Gpu | None = None) -> dict[str, PlannedLog]:
     for name in paths.recipe_names():
         of = studies.study_of(name)
         config = compose(Request(name), gpu).config
-        log = of and name.startswith(study) and not config.get("rl") and PlannedLog.of(of, name, config, gpu)
+        log = of and name.startswith(study) and PlannedLog.of(of, name, config, gpu)
         if log:
             plans[name] = log
     return plans

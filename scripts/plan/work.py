@@ -11,6 +11,7 @@ from ..config.compose import Composed
 from ..config.gpus import Gpu
 from ..config.training_settings import TrainingSettings
 from ..data import studies
+from ..data.studies import Study
 from .step_plan import StepPlan
 
 UTILIZATION = 0.3
@@ -110,8 +111,9 @@ def published(composed: Composed) -> Lengths | None:
     if study is None or any(keys.affects(change.key) == "rows" for change in composed.from_origin):
         return None
     model = str(models.original(composed.config["base_model"]))
-    split = study.data.splits.get("train")
-    rows = study.data.rows_of("train")
+    name = _training_split(composed, study)
+    split = study.data.splits.get(name)
+    rows = study.data.rows_of(name)
     tokens = split.tokens.get(model) if split else None
     if not rows or not tokens:
         return None
@@ -172,7 +174,14 @@ def _declared_rows(composed: Composed) -> int | None:
     study = studies.study_of(composed.origin)
     if study is None or any(change.key.startswith(("datasets", "val_set_size")) for change in composed.from_origin):
         return None
-    return study.data.rows_of("train")
+    return study.data.rows_of(_training_split(composed, study))
+
+
+def _training_split(composed: Composed, study: Study) -> str:
+    """Split on which a config trains: the pairs, if the study has them beside other rows."""
+    if composed.config.get("rl") and "train_pairs" in study.data.splits:
+        return "train_pairs"
+    return "train"
 
 
 def flops_of_token(step_plan: StepPlan, length: int) -> float:
