@@ -29,8 +29,7 @@ def new_command(
             "--from",
             metavar="BASE",
             autocompletion=complete_recipes,
-            help="Start from a recipe, Axolotl config, model card, SWEEP/TRIAL or SWEEP/best; default: start/qlora, "
-            "for preference pairs start/dpo-qlora.",
+            help="Recipe, config, model card, SWEEP/TRIAL or SWEEP/best; default: start/qlora or start/dpo-qlora.",
         ),
     ] = None,
     axolotl: Annotated[

@@ -187,7 +187,7 @@ def test_list_show_and_diff_print_data(recipe):
 def test_quiet_hides_notes_and_keeps_results_and_problems(recipe):
     quiet, loud = recipe.ok("-q", "list", "start"), recipe.ok("list", "start")
     assert quiet.stdout == loud.stdout
-    assert (quiet.stderr, loud.stderr) == ("", "next: recipe run start/lora --rehearse\n")
+    assert (quiet.stderr, loud.stderr) == ("", "next: recipe run start/dpo-qlora --rehearse\n")
     assert recipe.fails("-q", "show", "none").stderr == recipe.fails("show", "none").stderr != ""
 
 
@@ -240,6 +240,7 @@ def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe, monkeypat
             # litgpt's rows have their text twice, so that the sample's bound on tokens is the recipe's length
             *({"sequence_len"} if settings["sequence_len"] > 256 and "litgpt" not in name else ()),
             *({"dataloader_drop_last"} if settings.get("eval_sample_packing") is False else ()),
+            *({"eval_batch_size"} if settings.get("eval_sample_packing") else ()),
             *({"warmup_steps", "warmup_ratio"} if settings.get("warmup_steps") else ()),
             *({STORAGE} if settings.get("load_in_4bit") and settings.get(STORAGE) != "uint8" else ()),
             *(key for key in ("fp16", "tf32", "chunked_cross_entropy") if settings.get(key)),

@@ -73,7 +73,7 @@ def test_the_first_studys_sample_is_prepared_to_known_bytes():
         ("tagged", {"train": "d20733cbee9a", "valid": "6d98a8fd841f", "test": "5116465649d0"}),
     ):
         folder = prepare.rehearsal_data(studies.find("haider2024"), form)
-        assert {file.stem: sha256(file)[:12] for file in folder.glob("*l")} == expected
+        assert {split: sha256(folder / f"{split}.jsonl")[:12] for split in expected} == expected
 
 
 def test_the_rows_of_a_users_study_are_prepared(recipes, recipe, tmp_path):

@@ -335,4 +335,4 @@ def test_missing_programs_and_types_are_named_before_a_merge(
 
 def test_gguf_files_are_not_pushed(recipe):
     done = recipe("publish", "latest", "--gguf", "q8_0", "--push", "owner/name")
-    assert (done.returncode, done.stderr) == (2, "recipe: --gguf and --push: give only one of them\n")
+    assert (done.returncode, done.stderr) == (2, "recipe: --gguf, --push and --pr: give only one of them\n")

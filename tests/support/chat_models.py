@@ -29,10 +29,11 @@ def save(folder: Path, family: str, template: str | None = None) -> Path:
     from axolotl.utils.chat_templates import get_chat_template
 
     more, bos, eos = FAMILIES[family]
-    special = [token for token in more if "think" not in token]
+    reasoning = [token for token in more if "think" in token]  # not special in the family
+    special = [token for token in more if token not in reasoning]
     tokenizer: Any = random_models.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": special, "bos_token": bos, "eos_token": eos})
-    tokenizer.add_tokens(more)  # as in the family, those of the reasoning are not special
+    tokenizer.add_tokens(reasoning)
     tokenizer.chat_template = template or get_chat_template(family)
     tokenizer.save_pretrained(folder)
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 2048}

@@ -108,7 +108,8 @@ def test_a_mirror_is_collated_as_its_original(tiny, tmp_path):
     def collated(side: str, base_model: str) -> dict[str, list[list[int]]]:
         tokenizer = AutoTokenizer.from_pretrained(tiny, padding_side=side, pad_token="</s>")
         trainer = SimpleNamespace(processing_class=tokenizer, _save_checkpoint=None, evaluation_loop=None)
-        RunPlugin().post_trainer_create(SimpleNamespace(base_model=base_model, output_dir=str(tmp_path)), trainer)
+        cfg = SimpleNamespace(base_model=base_model, output_dir=str(tmp_path), rl=None)
+        RunPlugin().post_trainer_create(cfg, trainer)
         batch = DataCollatorForSeq2Seq(tokenizer)([dict(row) for row in rows])
         return {name: tensor.tolist() for name, tensor in batch.items()}
 

@@ -27,6 +27,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ...base import paths
 from ...base.errors import UserError, one_line
 from ...base.files import write_atomically
+from ...base.run_files import RunFile
 from ...base.secrets import is_secret, masked
 from ...base.terminal import say, say_once
 from ...config.gpus import Gpu, catalogue, find_gpu
@@ -44,10 +45,8 @@ NAME = "hf"
 BUCKET = "qlora-recipes"
 MOUNT = "/qlora-recipes"
 EVERY = 60  # seconds after which new checkpoints are copied into the bucket
-LOG = "hf-{}.log"
-"""The log of a job that has ended, in the run folder; written after all other files have arrived."""
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
-_STAYS = ["jobs.json", "*.lock"]  # files of a run folder that only this machine reads
+_STAYS = [RunFile.JOBS.value, "*.lock"]  # files of a run folder that only this machine reads
 _CHANGES = ["output/*", "*.part.jsonl"]  # brought when the job has ended
 _HOURS = {"minute": 1 / 60, "hour": 1.0}
 _REMEDIES = {
@@ -355,7 +354,7 @@ def _build_wheel(folder: Path) -> None:
 @lru_cache(maxsize=256)
 def _state(folder: Path, address: str, user: str, job: str, minute: int) -> JobState | None:
     """State of a job, after its files were brought; see `Hf.state`."""
-    log = folder / LOG.format(job)
+    log = folder / RunFile.HUB_JOB_LOG.format(job)  # written after all other files have arrived
     if log.exists():
         return None
     try:
