@@ -186,11 +186,13 @@ def test_each_figure_of_a_log_is_compared(refinement):
 STATUSES = {
     REFINEMENT: "schedule, parameters",
     **dict.fromkeys([f"peft-metamathqa/lora-{name}" for name in PEFTS], "steps, parameters, adapter"),
+    "neuralhermes-dpo/mistral-7b-qlora": "steps",
     "pissa-metamathqa/llama-2-7b-qlora": "steps",
     "qlora-guanaco/llama-7b": "steps",  # its number of parameters is not verified
     **dict.fromkeys(
         [f"tinker-tulu3/llama-{size}-lora" for size in ("3.2-1b", "3.2-3b", "3.1-8b")], "steps, parameters"
     ),
+    "zephyr/dpo-qlora": "steps",
 }
 
 
