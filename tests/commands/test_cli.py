@@ -222,6 +222,9 @@ def test_data_prepare_and_a_dry_run(recipe, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+PAIRS_OF_THE_HUB = {"datasets.0.type", "datasets.0.field_messages", "datasets.0.revision"}
+
+
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe, monkeypatch, has_bf16):
     monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: has_bf16)
@@ -244,6 +247,7 @@ def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe, monkeypat
             *({"eval_batch_size"} if packs and settings.get("eval_batch_size") != 1 else ()),
             *({"warmup_steps", "warmup_ratio"} if settings.get("warmup_steps") else ()),
             *({STORAGE} if settings.get("load_in_4bit") and settings.get(STORAGE) != "uint8" else ()),
+            *(PAIRS_OF_THE_HUB if name == "start/dpo-qlora" else ()),
             *({"fp16"} if settings.get("fp16") is not False else ()),
             *(key for key in ("tf32", "chunked_cross_entropy") if settings.get(key)),
             *(key for key in ("max_steps", "eval_steps", "save_steps", "logging_steps") if settings.get(key, 1) > 1),
