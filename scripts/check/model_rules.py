@@ -24,7 +24,7 @@ from .rule import Case, Problems, rule
 def beyond_context(case: Case) -> Problems:
     """RoPE accepts rows longer than the model's context, for which the model was never trained.
 
-    GPT-2 and its like have a table of n_positions rows, beyond which training fails with an index error (seen).
+    GPT-2 and its like have a table of n_positions rows, beyond which training fails with an index error.
     In a pack, positions begin anew with each row, so that a pack may exceed the context.
     """
     context = case.model.context

@@ -32,7 +32,7 @@ class Reference:
     """Origin of the reference's log-probabilities in a step on preference pairs.
 
     Attributes:
-        is_model: a second model is loaded for it; otherwise the adapter is switched off.
+        is_model: a second model is loaded for it, in full fine-tuning; otherwise the adapter is switched off.
         is_precomputed: they are computed before the training.
     """
 
@@ -44,8 +44,7 @@ class Reference:
         """Reference of a config (setup_reference_model in axolotl/train.py); None without preference pairs."""
         if not config.get("rl"):
             return None
-        is_model = not config.get("adapter") or bool(config.get("rl_adapter_ref_model"))
-        return cls(is_model, bool(config.get("precompute_ref_log_probs")))
+        return cls(not config.get("adapter"), bool(config.get("precompute_ref_log_probs")))
 
 
 @dataclass(frozen=True, kw_only=True)

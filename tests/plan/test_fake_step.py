@@ -212,8 +212,8 @@ PAIRS = {  # changes of a training on pairs
     "adapter off": {},
     "precomputed": {"precompute_ref_log_probs": True},
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-    "second model": {"adapter": "lora", "load_in_4bit": None, "rl_adapter_ref_model": True},
-    "full, second model": {"adapter": None, "load_in_4bit": None, "optimizer": "adamw_torch"},
+    "adapters in fp32": {"adapter": "lora", "load_in_4bit": None},
+    "second model": {"adapter": None, "load_in_4bit": None, "optimizer": "adamw_torch"},
 }
 
 

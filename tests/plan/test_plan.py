@@ -156,7 +156,6 @@ def test_packed_documents_make_one_row_where_flash_attention_keeps_them_apart(at
         ({}, None),
         ({"rl": "dpo"}, Reference(is_model=False, is_precomputed=False)),
         ({"rl": "ipo", "precompute_ref_log_probs": True}, Reference(is_model=False, is_precomputed=True)),
-        ({"rl": "dpo", "rl_adapter_ref_model": True}, Reference(is_model=True, is_precomputed=False)),
         ({"rl": "dpo", "adapter": None}, Reference(is_model=True, is_precomputed=False)),
     ],
 )
