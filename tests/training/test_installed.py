@@ -83,6 +83,8 @@ def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(validates_he
     for name in paths.recipe_names():
         cards = ["H100"] if config_with({}, name)["bf16"] else ["H100", "T4"]  # a T4 has no bf16
         for profile in profiles:
+            if config_with({}, name).get("rl") and profile in (["packed"], ["fsdp2"]):
+                continue  # Axolotl refuses both beside DPO
             for gpu in cards:
                 data = gpu == "H100" and profile == []
                 request = Request(name, profiles=profile)
@@ -93,7 +95,9 @@ def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(validates_he
     for gpu, checked in reports.items():
         check.add_validation(checked, gpus.find_gpu(gpu))
         for report in checked:
-            assert [str(finding) for finding in report.findings if finding.level != "note"] == []
+            problems = [finding for finding in report.findings if finding.level != "note"]
+            # never-saved: the rows here are a sample of few
+            assert [str(finding) for finding in problems if finding.rule != "never-saved"] == []
 
 
 def test_peft_splits_weights_anew_as_the_rule_changed_base_says(tiny, tmp_path):
