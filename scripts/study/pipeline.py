@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..base import paths
 from ..base.errors import UserError
+from ..base.files import read_rows
 from ..base.terminal import warn, warn_once
 from ..check import check
 from ..config import compose, datafiles
@@ -20,6 +21,7 @@ from ..config.training_settings import TrainingSettings
 from ..evaluate import benchmarks
 from ..evaluate.evaluate import EvaluationRequest, is_complete, resolve
 from ..evaluate.score import columns_of, require_models, scorer_models
+from ..metrics import registry
 from ..metrics.metric import Column, LossMetric
 from ..plan import plan, step_plan
 from ..run import backends, run, trust
@@ -194,7 +196,18 @@ class Pipeline:
         report = check.check_request(self.request, self.gpu, data=True, launching=launching, composed=self.composed)
         check.tokenize_all(report, self.request)
         findings = self._relevant(report)
-        return self._record_check(findings, _errors(findings))
+        return self._record_check(findings, [*_errors(findings), *self._metric_errors()])
+
+    def _metric_errors(self) -> list[str]:
+        """Errors of metrics that cannot score the test rows; a rehearsal scores a sample, whose rows suffice."""
+        test = datafiles.test_file(self.composed.config)
+        if test is None or self.request.rehearse:
+            return []
+        try:
+            registry.require(self.columns.values(), read_rows(Path(test)))
+        except UserError as error:
+            return [str(error)]
+        return []
 
     def _relevant(self, report: check.Report) -> list[Finding]:
         """Findings that apply to the backend; `--force` accepts the names of all findings."""

@@ -7,7 +7,7 @@ import pytest
 from conftest import typed
 from run_folders import a_run
 
-from qlora_recipes.base import hardware
+from qlora_recipes.base import files, hardware
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request
@@ -139,3 +139,16 @@ def test_a_run_whose_command_was_killed_before_its_start_is_waited_for_and_resum
     training, _ = waiting.task().claim()
     assert training.folder.path == folder.path
     assert waiting.state == "interrupted"
+
+
+def test_databases_that_a_metric_lacks_are_missed_before_the_training(place):
+    rows = [{"user": "How many?", "segments": [{"label": True, "text": "SELECT 1"}], "database": "concert"}]
+    for split in ("train", "test"):
+        files.write_rows(Path(f"data/dbgpt-spider/{split}.jsonl"), rows)
+    asked = pipeline_of(Request("dbgpt-spider/llama-2-7b-chat-lora"))
+    assert not asked.check_rows()
+    folder = "data/dbgpt-spider-raw/test-suite/database"
+    assert str(asked.result.problem).splitlines()[-1] == (  # after those of this machine
+        f"{folder}: databases: no SQLite file of the database concert; expected {folder}/NAME.sqlite or "
+        f"{folder}/NAME/*.sqlite"
+    )
