@@ -86,6 +86,7 @@ def a_machine(place: Path, name: str, fake_axolotl: Path) -> dict[str, str]:
         (machine / module).parent.mkdir(parents=True, exist_ok=True)
         (machine / module).write_text(f"{text}\n")
     added = {"MACHINE": machine, "RECIPE": fake_axolotl, "SAMPLE": SAMPLE, "PYTHONPATH": machine}
+    added["XDG_DATA_HOME"] = machine / "data"  # without the key of another day's machine
     of_kernel = {"PATH": f"{machine / 'bin'}:{os.environ['PATH']}", "MPLBACKEND": BACKEND}
     return os.environ | {key: str(value) for key, value in added.items()} | of_kernel | {"MAKEFLAGS": ""}
 
