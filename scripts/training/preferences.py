@@ -15,7 +15,7 @@ from axolotl.utils.data import rl
 from axolotl.utils.data.utils import remove_double_bos_token
 from datasets import Dataset
 from trl.data_utils import _tokenize
-from trl.trainer import dpo_trainer
+from trl.trainer import dpo_trainer, kto_trainer
 
 from ..base.errors import UserError, with_type
 from ..base.files import Row
@@ -23,7 +23,7 @@ from ..config.datafiles import DatasetRef
 
 
 def single_bos() -> None:
-    """Let pairs begin with one BOS, as Axolotl intends.
+    """Let rows of DPO and KTO begin with one BOS, as Axolotl intends.
 
     Axolotl 0.21 overrides a method for this that TRL 1.14 no longer calls (seen: a template's BOS and the tokenizer's).
     """
@@ -32,7 +32,8 @@ def single_bos() -> None:
         tokenized = _tokenize(tokenizer, *arguments, **options)
         return remove_double_bos_token(tokenized, tokenizer.bos_token_id)
 
-    patch.object(dpo_trainer, "_tokenize", tokenize).start()
+    for module in (dpo_trainer, kto_trainer):
+        patch.object(module, "_tokenize", tokenize).start()
 
 
 class PairIds(NamedTuple):

@@ -46,7 +46,7 @@ class RunPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Record the requested parallelism before Axolotl overwrites it; put a rehearsal's ranks on the CPU."""
         chat_templates.bound()
-        if cfg.rl in OF_PAIRS:
+        if cfg.rl in (*OF_PAIRS, "kto"):
             from . import preferences  # only a preference training needs it
 
             preferences.single_bos()
@@ -229,8 +229,10 @@ class RunCallback(TrainerCallback):
         self.trainer.model.register_forward_pre_hook(self._count, with_kwargs=True)
         self.process.cpu_percent()  # the next call returns the load since this one
 
-    def _count(self, model: torch.nn.Module, _: Any, inputs: dict[str, Any]) -> None:
+    def _count(self, model: torch.nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if ids is None and arguments:  # from TRL's trainers for SimPO and ORPO
+            ids = arguments[0]
         if not model.training or ids is None or not torch.is_grad_enabled():  # a reference has no gradient
             return
         if mask is not None and mask.shape == ids.shape:

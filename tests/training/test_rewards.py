@@ -1,5 +1,6 @@
 """Tokens, losses and rewards of a preference training, against an own computation with plain transformers."""
 
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,153 @@ def test_the_hash_of_pairs_depends_on_tokens_not_on_order(rows, is_same):
 
 def test_the_output_has_the_adapter_without_base_weights(run):
     assert [file.name for file in run.output.glob("*.safetensors")] == ["adapter_model.safetensors"]
+
+
+def other_config(folder: Path, model: Path, rl: str) -> yamlfiles.Config:
+    """A training by another method than DPO, on the same rows."""
+    folder.mkdir()
+    content = config(folder, model) | {"rl": rl}
+    if rl == "simpo":
+        content |= {"simpo_gamma": GAMMA, "cpo_alpha": 0}
+    if rl in ("orpo", "kto"):  # no type: rows as they are
+        for section in ("datasets", "test_datasets"):
+            content[section][0].pop("type")
+    if rl == "kto":
+        content["remove_unused_columns"] = False
+        for file in folder.iterdir():
+            write_rows(file, unpaired(read_rows(file)))
+    return content
+
+
+def unpaired(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One answer of each pair, with a label; two of three are desirable."""
+    answers = []
+    for number, row in enumerate(rows):
+        is_chosen = number % 3 > 0
+        completion = row["chosen" if is_chosen else "rejected"]
+        answers.append({"prompt": row["prompt"], "completion": completion, "label": is_chosen})
+    return answers
+
+
+GAMMA = 0.5
+OTHERS = ("ipo", "simpo", "orpo", "kto")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, RunDir]:
+    folder = tmp_path_factory.mktemp("others")
+    return train_runs(folder, {rl: other_config(folder / f"{rl}-rows", tiny, rl) for rl in OTHERS})
+
+
+class Scorer:
+    """Log-probabilities of answers under a run's adapter and its base model, by plain transformers and PEFT."""
+
+    def __init__(self, run: RunDir):
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        base = run.config["base_model"]
+        rows = read_rows(Path(run.config["test_datasets"][0]["path"]))
+        # Axolotl shuffles test rows, too: batches matter to the losses of ORPO and KTO
+        self.rows = list(Dataset.from_list(rows).shuffle(seed=run.config["seed"]))
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        self.model = PeftModel.from_pretrained(model, str(run.output))
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def policy(self, prompt: str, answer: str) -> float:
+        return log_probabilities(self.model, self.ids(prompt), self.ids(answer + "</s>"))
+
+    def mean(self, prompt: str, answer: str) -> float:
+        return self.policy(prompt, answer) / len(self.ids(answer + "</s>"))
+
+    def ratio(self, prompt: str, answer: str) -> float:
+        with self.model.disable_adapter():
+            reference = self.policy(prompt, answer)
+        return self.policy(prompt, answer) - reference
+
+
+def ipo_loss(scorer: Scorer, rows: list[Any]) -> float:
+    losses = []
+    for row in rows:
+        means = []
+        for name in ("chosen", "rejected"):
+            means.append(scorer.ratio(row["prompt"], row[name]) / len(scorer.ids(row[name] + "</s>")))
+        losses.append((means[0] - means[1] - 1 / (2 * BETA)) ** 2)
+    return sum(losses) / len(losses)
+
+
+def simpo_loss(scorer: Scorer, rows: list[Any]) -> float:
+    margins = [scorer.mean(row["prompt"], row["chosen"]) - scorer.mean(row["prompt"], row["rejected"]) for row in rows]
+    return float(-torch.nn.functional.logsigmoid(BETA * torch.tensor(margins) - GAMMA).mean())
+
+
+def orpo_loss(scorer: Scorer, rows: list[Any]) -> float:
+    """Mean loss of the tokens of prompt and chosen answer, and the logarithm of the odds ratio."""
+    total, tokens, odds = 0.0, 0, []
+    for row in rows:
+        sequence = scorer.ids(row["prompt"]) + scorer.ids(row["chosen"] + "</s>")
+        total -= log_probabilities(scorer.model, sequence[:1], sequence[1:])
+        tokens += len(sequence) - 1
+        means = torch.tensor([scorer.mean(row["prompt"], row[name]) for name in ("chosen", "rejected")])
+        logits = means - torch.log1p(-means.exp())
+        odds.append(logits[0] - logits[1])
+    return total / tokens - BETA * float(torch.nn.functional.logsigmoid(torch.stack(odds)).mean())
+
+
+def kto_loss(scorer: Scorer, rows: list[Any]) -> float:
+    """KTO's loss; its divergence is that of prompts with the answers of their neighbours in a micro batch of two."""
+    divergences, losses = [], []
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        divergences.append(scorer.ratio(first["prompt"], second["completion"]))
+        divergences.append(scorer.ratio(second["prompt"], first["completion"]))
+    divergence = max(sum(divergences) / len(divergences), 0)
+    for row in rows:
+        sign = 1 if row["label"] else -1
+        distance = scorer.ratio(row["prompt"], row["completion"]) - divergence
+        losses.append(1 - torch.sigmoid(torch.tensor(BETA * sign * distance)))
+    return float(torch.stack(losses).mean())
+
+
+LOSSES = {"ipo": ipo_loss, "simpo": simpo_loss, "orpo": orpo_loss, "kto": kto_loss}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rl", OTHERS)
+def test_losses_of_other_methods_are_those_of_plain_transformers(runs, rl):
+    scorer = Scorer(runs[rl])
+    total = 0.0
+    for batch in batched(scorer.rows, 8):
+        total += len(batch) * LOSSES[rl](scorer, [*batch])
+    last = [record for record in runs[rl].read_metrics() if "eval_loss" in record][-1]
+    assert last["eval_loss"] == pytest.approx(total / ROWS, rel=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rl", ["ipo", "simpo", "orpo"])
+def test_rewards_of_other_methods_are_those_of_plain_transformers(runs, rl):
+    scorer = Scorer(runs[rl])
+    score = scorer.ratio if rl == "ipo" else scorer.mean
+    margins = []
+    for row in scorer.rows:
+        margins.append(BETA * (score(row["prompt"], row["chosen"]) - score(row["prompt"], row["rejected"])))
+    last = [record for record in runs[rl].read_metrics() if "eval_loss" in record][-1]
+    assert last["eval_reward_margin"] == pytest.approx(sum(margins) / ROWS, rel=1e-3)
+    assert last["eval_reward_accuracy"] == sum(margin > 0 for margin in margins) / ROWS
+    assert summarise(runs[rl].read_metrics()).eval_pairs["count"] == ROWS
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rl", ["ipo", "simpo", "orpo"])
+def test_both_answers_of_a_pair_are_counted_as_tokens(runs, rl):
+    scorer = Scorer(runs[rl])
+    total = 0
+    for row in read_rows(Path(runs[rl].config["datasets"][0]["path"])):
+        answers = scorer.ids(row["chosen"] + "</s>") + scorer.ids(row["rejected"] + "</s>")
+        total += 2 * len(scorer.ids(row["prompt"])) + len(answers)
+    assert sum(record.get("tokens", 0) for record in runs[rl].read_metrics()) == 2 * total
 
 
 @pytest.mark.long
