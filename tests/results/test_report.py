@@ -210,6 +210,21 @@ def test_curves_are_the_telemetry(tmp_path):
     assert figures["cpu"].traces[0]["y"][0] == 187.5
 
 
+def test_curves_of_preference_pairs_have_rewards_of_training_and_validation():
+    steps = [{"step": step, "loss": 0.6, "reward_accuracy": 0.5 + step / 10} for step in (1, 2)]
+    metrics = [*steps, {"step": 2, "eval_loss": 0.5, "eval_reward_accuracy": 0.75, "eval_reward_margin": 0.2}]
+    figures = {figure.key: figure for figure in report_figures.training_figures({"a": metrics})}
+    curves = {}
+    for key in ("accuracy", "margin"):
+        for trace in figures[key].traces:
+            curves[key, trace["name"]] = trace["x"], trace["y"]
+    assert curves == {
+        ("accuracy", "a, training"): ([1, 2], [0.6, 0.7]),
+        ("accuracy", "a, validation"): ([2], [0.75]),
+        ("margin", "a, validation"): ([2], [0.2]),
+    }
+
+
 def test_few_steps_are_points_that_hide_no_others():
     steps = [{"step": i, "loss": 1.0} for i in range(report_figures.FEW_POINTS)]
     few, many = (next(report_figures.training_figures({"a": rows})).traces[0] for rows in (steps[1:], steps))

@@ -114,9 +114,19 @@ _PANELS = {
 """Figures of values in metrics.jsonl, without their curves."""
 
 
+_REWARD_NOTE = "Of preference pairs; training: means over micro batches, validation: over all pairs."
+_REWARDS = {
+    "reward_accuracy": Figure("accuracy", "Reward accuracy", _axis("share", range=[0, 1.05]), note=_REWARD_NOTE),
+    "reward_margin": Figure("margin", "Reward margin", _axis("chosen minus rejected"), note=_REWARD_NOTE),
+}
+"""Figures of values in metrics.jsonl that validation has, too; without their curves."""
+
+
 def training_figures(runs: dict[str, list[Row]]) -> Iterator[Figure]:
-    """Figures of losses, learning rate, load, gradient norm and throughput; without points for an unknown value."""
+    """Figures of losses, rewards, rate, load, gradient norm and throughput; without points for an unknown value."""
     yield Figure("loss", "Loss", _axis("loss"), traces=[*_loss_curves(runs)], note=_MEANS_NOTE)
+    for key, panel in _REWARDS.items():
+        yield replace(panel, traces=[*_reward_curves(runs, key)])
     steps = {name: [record for record in metrics if "loss" in record] for name, metrics in runs.items()}
     for key, panel in _PANELS.items():
         yield replace(panel, traces=[_curve(name, metrics, key, i) for i, (name, metrics) in enumerate(steps.items())])
@@ -130,6 +140,13 @@ def _loss_curves(runs: dict[str, list[Row]]) -> Iterator[Trace]:
         if any("eval_loss_per_token" in record for record in metrics):
             title, key = "validation", "eval_loss_per_token"
         yield _curve(f"{name}, {title}", metrics, key, i + len(runs), points=True)
+
+
+def _reward_curves(runs: dict[str, list[Row]], key: str) -> Iterator[Trace]:
+    """Values of training and validation."""
+    for i, (name, metrics) in enumerate(runs.items()):
+        yield _curve(f"{name}, training", metrics, key, i)
+        yield _curve(f"{name}, validation", metrics, f"eval_{key}", i + len(runs), points=True)
 
 
 _FRONT = (
