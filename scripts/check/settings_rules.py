@@ -426,6 +426,21 @@ def no_preference(case: Case) -> Problems:
 
 
 @rule()
+def simpo_terms(case: Case) -> Problems:
+    """Axolotl passes a missing margin on as None, and TRL then fails in its first step (seen).
+
+    TRL's default for cpo_alpha is 1; SimPO's paper (arXiv 2405.14734) has no such term.
+    """
+    if case["rl"] != "simpo":
+        return
+    if case["simpo_gamma"] is None:
+        yield "error", "simpo_gamma", "not set: training fails in its first step", "set it, for example to 0.5"
+    if case["cpo_alpha"] is None:
+        problem = "not set: TRL adds the loss of the chosen answers with weight 1"
+        yield "warning", "cpo_alpha", problem, "set it to 0, as in SimPO's paper, or to the weight that you want"
+
+
+@rule()
 def ignored_adapter(case: Case) -> Problems:
     """TRL gets only the adapter's settings: training begins with a new adapter (loaders/model.py, _build_adapters)."""
     if case["rl"] in ("dpo", "ipo", "kto") and case["lora_model_dir"]:
@@ -437,9 +452,9 @@ def ignored_adapter(case: Case) -> Problems:
 
 @rule()
 def dropout_without_effect(case: Case) -> Problems:
-    """TRL's DPO trainer sets dropout to 0 after it adds the adapter (disable_dropout in trl/trainer/dpo_trainer.py)."""
-    if case["rl"] in ("dpo", "ipo") and case["lora_dropout"]:
-        yield "warning", "lora_dropout", "no effect: TRL turns dropout off for DPO", "set it to 0"
+    """TRL's trainers set dropout to 0 after they add the adapter (disable_dropout in trl/trainer/dpo_trainer.py)."""
+    if case["rl"] in (*OF_PAIRS, "orpo", "kto") and case["lora_dropout"]:
+        yield "warning", "lora_dropout", f"no effect: TRL turns dropout off for rl: {case['rl']}", "set it to 0"
 
 
 @rule()

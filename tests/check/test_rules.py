@@ -67,6 +67,7 @@ CHAT = {"datasets": [CHATS]}
 TEST = {"path": "data/codereviewer/valid.jsonl", "type": "chatml.intel", "split": "train"}
 PAIRS = DATA | {"type": "chatml.intel"}
 DPO = {"datasets": [PAIRS], "rl": "dpo", "rl_beta": 0.1, "test_datasets": [TEST], "lora_dropout": 0.0}
+SIMPO = DPO | {"rl": "simpo", "simpo_gamma": 0.5, "cpo_alpha": 0.0}
 MISREAD = "error misread-test-rows:test_datasets.0.type"
 PHI = {"base_model": "microsoft/Phi-3-mini-4k-instruct", "lora_target_modules": ["q_proj", "o_proj"]}
 TIED = {"base_model": "meta-llama/Llama-3.2-3B", "special_tokens": {"pad_token": "<|end_of_text|>"}}
@@ -96,6 +97,8 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"saves_per_epoch": 5, "save_total_limit": None}, "note deleted-checkpoints:save_total_limit"),
     (DPO | {"rl_beta": 0.0}, "error no-preference:rl_beta"),
     (DPO | {"rl_beta": None}, "note no-preference:rl_beta"),
+    (SIMPO | {"simpo_gamma": None}, "error simpo-terms:simpo_gamma"),
+    (SIMPO | {"cpo_alpha": None}, "warning simpo-terms:cpo_alpha"),
     (DPO | {"lora_model_dir": "ds.json"}, "error ignored-adapter:lora_model_dir"),
     (DPO | {"lora_dropout": 0.05}, "warning dropout-without-effect:lora_dropout"),
     (DPO | {"learning_rate": 1e-6}, "warning rounded-steps:learning_rate"),
