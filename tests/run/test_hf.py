@@ -11,6 +11,7 @@ from fake_hub import TOKEN, Hub, content, serving
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.config.compose import Request
+from qlora_recipes.config.merging import Override
 from qlora_recipes.run.backends import Command, Task, TaskResult, hf
 from qlora_recipes.run.rundir import RunDir
 
@@ -88,6 +89,22 @@ def test_a_killed_job_resumes_at_its_last_checkpoint(recipe, place, tiny_profile
     assert [launch.resumed_from for launch in run.read().launches] == [None, checkpoint.name]
 
 
+def test_a_job_that_ran_out_of_its_time_is_told_once_and_can_be_resumed(recipe, queued, hub):
+    hub.set("ERROR", "Job timeout")
+    hub.logs[hub.job["id"]] = "step 7"
+    hf._state.cache_clear()
+    done = recipe.ok("results", queued.path)
+    log = queued.path / f"hf-{hub.job['id']}.log"
+    assert done.stderr.splitlines()[:2] == [
+        f"{queued.path}: job {hub.job['id']} ended as ERROR: Job timeout; see {log}",
+        f"`recipe resume {queued.quoted} --on hf,flavor=cpu-basic,hours=N` continues a training",
+    ]
+    assert log.read_text() == "step 7\n"
+    assert "ended" not in recipe("results").stderr
+    recipe.ok("resume", queued.path, "--on", "hf,flavor=cpu-basic,hours=2,ask=no")
+    assert [job["timeoutSeconds"] for job in hub.jobs.values()] == [3600, 7200]
+
+
 @pytest.mark.long
 def test_an_evaluation_is_a_job_too(recipe, queued, tmp_path, fake_axolotl, hub):
     assert hub.work(tmp_path, fake_axolotl) == 0, hub.logs
@@ -128,13 +145,15 @@ def test_a_run_that_the_hub_refuses_can_be_submitted_later(recipe, tmp_path, tin
 @pytest.mark.parametrize(
     ("on", "says"),
     [
-        ("hf", "--on hf: flavor: Field required; give options as in --on hf,flavor=l4x1,hours=3"),
-        ("hf,flavour=l4x1", "--on hf: flavor: Field required; give options as in --on hf,flavor=l4x1,hours=3"),
+        (
+            "hf,flavour=l4x1",
+            "--on hf: flavour: Extra inputs are not permitted; give options as in --on hf,flavor=l4x1,hours=3",
+        ),
         (f"hf,flavor={TOKEN}", "--on hf,flavor=***: a secret; log in with `hf auth login` instead"),
         (
             "hf,flavor=l4x2",
             "--on hf: the hub has no flavor l4x2; "
-            "choose cpu-basic, t4-small, l4x1, a10g-small, a10g-largex2, a100-large",
+            "choose cpu-basic, t4-small, l4x1, a10g-small, a100-large, a10g-largex2",
         ),
         (
             "hf,flavor=cpu-basic",
@@ -176,10 +195,54 @@ def test_a_refused_token_is_told_and_the_run_stays_as_it_is(recipe, queued, hub,
     assert not [*queued.path.glob("hf-*.log")]
 
 
-def test_the_plan_sets_the_time_limit_and_the_price(recipe, hub):
-    done = recipe.ok("run", "axolotl-alpaca2k/tinyllama-qlora", "--dry-run", "--on", "hf,flavor=l4x1")
-    assert "l4x1: $0.80 an hour; about 2 minutes of training by plan; at most 2 hours, $1.60\n" in done.stderr
+TINY = "axolotl-alpaca2k/tinyllama-qlora"  # needs bf16, which a T4 lacks
+PRICE = "l4x1: $0.80 an hour; about 2 minutes of training by plan; at most 2 hours, $1.60\n"
+
+
+@pytest.mark.parametrize("on", ["hf,flavor=l4x1", "hf"])
+def test_the_plan_sets_the_flavor_the_time_limit_and_the_price(recipe, hub, on):
+    done = recipe.ok("run", TINY, "--dry-run", "--on", on)
+    assert PRICE in done.stderr
     assert '"$recipe/bin/recipe" resume runs/axolotl-alpaca2k/tinyllama-qlora/' in done.stdout
+
+
+FP16 = {"bf16": False, "fp16": True, "sdpa_varlen": False}
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "flavor"),
+    [
+        ({}, 1, "l4x1"),
+        (FP16, 1, "t4-small"),
+        ({}, 2, "a10g-largex2"),
+        ({"micro_batch_size": 16, "sequence_len": 4096}, 1, "a100-large"),
+    ],
+)
+def test_the_cheapest_flavor_that_fits_the_plan_is_chosen(hub, settings, gpus, flavor):
+    backend = hf.Hf(False, None, ["hours=1"], True)
+    chosen = backend.gpu(Request(TINY, overrides=[Override(*item) for item in settings.items()], gpus=gpus))
+    assert (backend.flavor.name, chosen) == (flavor, hf._gpu_of(backend.flavor))
+
+
+def test_a_flavor_fits_all_requests(hub):
+    backend = hf.Hf(False, None, ["hours=1"], True)
+    for settings in (FP16, {}, FP16):
+        backend.gpu(Request(TINY, overrides=[Override(*item) for item in settings.items()]))
+    assert backend.flavor.name == "l4x1"
+
+
+def test_a_request_that_fits_no_flavor_is_refused(hub):
+    backend = hf.Hf(False, None, [], True)
+    with pytest.raises(UserError) as refusal:
+        backend.gpu(Request(TINY, overrides=[Override("micro_batch_size", 512)]))
+    problem = f"--on hf: {TINY} fits no flavor of the hub"
+    assert str(refusal.value) == f"{problem}; `recipe plan NAME` lists changes that help"
+
+
+def test_a_rehearsal_takes_the_cheapest_flavor(recipe, tiny_profile, hub):
+    done = recipe.ok("run", NAME, "--rehearse", "--profile", tiny_profile, "--on", "hf,ask=no")
+    assert "cpu-basic: $0.01 an hour; at most 1 hours, $0.01\n" in done.stderr
+    assert hub.job["flavor"] == "cpu-basic"
 
 
 @pytest.mark.parametrize(

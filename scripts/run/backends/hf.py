@@ -30,14 +30,13 @@ from ...base.files import write_atomically
 from ...base.run_files import RunFile
 from ...base.secrets import is_secret, masked
 from ...base.terminal import say, say_once
-from ...config.gpus import Gpu, catalogue, find_gpu
+from ...config.gpus import Gpu, catalogue, named
 from ...training.run_record import Job, JobState, Run
 from ..rundir import JOB, RunDir
 from . import BACKENDS, Backend, Command, Task, claimed
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, JobHardwareInfo
-    from huggingface_hub._jobs_api import JobAccelerator
 
     from ...config.compose import Request
 
@@ -62,14 +61,14 @@ class Options(BaseModel, extra="forbid"):
     """Options after `--on hf`.
 
     Attributes:
-        flavor: the hub's name of a machine.
+        flavor: the hub's name of a machine; by default the cheapest whose GPU fits the plan.
         hours: time limit of the job; by default from the plan.
         namespace: user or organization that pays; by default the token's user.
         image: image of the job, with uv, Python and gcc.
         ask: whether to ask before a job is submitted.
     """
 
-    flavor: _Name
+    flavor: _Name | None = None
     hours: float | None = Field(None, gt=0, allow_inf_nan=False)
     namespace: _Name | None = None
     image: str = IMAGE
@@ -92,20 +91,48 @@ class Hf(Backend):
 
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str], submits: bool):
         self.options = _options(options)
-        self.flavor = _flavor(self.options.flavor)
-        self._gpu = None if rehearsal or not self.flavor.accelerator else _gpu_of(self.flavor.accelerator)
+        self._rehearsal = rehearsal
+        self._flavors = _flavors(self.options.flavor)
         self._hours = 0.0 if rehearsal else None
 
+    @property
+    def flavor(self) -> "JobHardwareInfo":
+        """The user's flavor, or the cheapest one that fits all requests so far."""
+        return self._flavors[0]
+
     def gpu(self, request: "Request") -> Gpu | None:
-        """GPU of the flavor; the request's planned hours determine the time limit."""
+        """GPU of the flavor; the request's planned hours determine the time limit.
+
+        Raises:
+            UserError: no flavor fits the request.
+        """
         from ...plan.plan import plan_request
 
-        if self._gpu and not self.options.hours:
+        if self._rehearsal:
+            return None
+        if not self.options.flavor:
+            self._leave_out_too_small(request)
+        gpu = _gpu_of(self.flavor)
+        if gpu and not self.options.hours:
             with suppress(UserError):  # the command reports it when it checks the config
-                work = plan_request(request, self._gpu).work
+                work = plan_request(request, gpu).work
                 if work and work.hours:
                     self._hours = max(self._hours or 0, work.hours)
-        return self._gpu
+        return gpu
+
+    def _leave_out_too_small(self, request: "Request") -> None:
+        """Leave out the flavors that are cheaper than the first that fits a request."""
+        from ...plan.plan import plan_request
+
+        for i, flavor in enumerate(self._flavors):
+            if _gpus(flavor) < request.gpus:
+                continue
+            gpu = _gpu_of(flavor)
+            if gpu and plan_request(request, gpu).gpus[0].fits:
+                self._flavors = self._flavors[i:]
+                return
+        problem = f"{request.name} fits no flavor of the hub"
+        raise UserError(problem, key="--on hf", remedy="`recipe plan NAME` lists changes that help")
 
     def check_size(self, gpus: int, nodes: int) -> None:
         """Refuse several nodes; `submit` also refuses too many GPUs."""
@@ -168,7 +195,7 @@ class Hf(Backend):
         return math.ceil(2 * self._hours) + 1
 
     def _say_price(self, hours: float) -> None:
-        price = self.flavor.unit_cost_usd / _HOURS[self.flavor.unit_label]
+        price = _price(self.flavor)
         planned = f"about {math.ceil(self._hours * 60)} minutes of training by plan; " if self._hours else ""
         limit = f"at most {hours:g} hours, ${price * hours:.2f}"
         say(f"{self.flavor.name}: ${price:.2f} an hour; {planned}{limit}")
@@ -264,29 +291,38 @@ def _asking() -> Iterator["HfApi"]:
         raise UserError(one_line(error), key="--on hf", remedy=_REMEDIES.get(code, "")) from None
 
 
-def _flavor(name: str) -> "JobHardwareInfo":
+def _flavors(name: str | None) -> "list[JobHardwareInfo]":
+    """The hub's flavors, the cheapest first, or only the one with a name."""
     with _asking() as hub:
-        flavors = {flavor.name: flavor for flavor in hub.list_jobs_hardware()}
-    if name not in flavors:
-        raise UserError(f"the hub has no flavor {name}", key="--on hf", remedy=f"choose {', '.join(flavors)}")
-    return flavors[name]
+        flavors = sorted(hub.list_jobs_hardware(), key=_price)
+    if name is None:
+        return flavors
+    with_name = [flavor for flavor in flavors if flavor.name == name]
+    if not with_name:
+        names = ", ".join(flavor.name for flavor in flavors)
+        raise UserError(f"the hub has no flavor {name}", key="--on hf", remedy=f"choose {names}")
+    return with_name
+
+
+def _price(flavor: "JobHardwareInfo") -> float:
+    """Dollars an hour."""
+    return flavor.unit_cost_usd / _HOURS[flavor.unit_label]
 
 
 def _gpus(flavor: "JobHardwareInfo") -> int:
     return int(flavor.accelerator.quantity) if flavor.accelerator else 0
 
 
-def _gpu_of(accelerator: "JobAccelerator") -> Gpu:
-    """GPU of a flavor; the hub states the memory of all its GPUs.
-
-    Raises:
-        UserError: gpus.yaml has no such GPU.
-    """
+def _gpu_of(flavor: "JobHardwareInfo") -> Gpu | None:
+    """GPU of a flavor; None if it has none, or one that gpus.yaml lacks. The hub states the memory of all its GPUs."""
+    accelerator = flavor.accelerator
+    if accelerator is None:
+        return None
     memory = int(re.sub(r"\D", "", accelerator.vram)) / int(accelerator.quantity)
     for gpu in catalogue().values():
         if gpu.memory == memory and gpu.name.split()[0] == accelerator.model:
             return gpu
-    return find_gpu(accelerator.model, "--on hf: GPU")
+    return named(accelerator.model)
 
 
 def _key(folder: RunDir) -> str:
@@ -359,7 +395,8 @@ def _state(folder: Path, address: str, user: str, job: str, minute: int) -> JobS
         return None
     try:
         with _asking() as hub:
-            status = hub.inspect_job(job_id=job, namespace=user).status
+            info = hub.inspect_job(job_id=job, namespace=user)
+            status = info.status
             if status.stage == "SCHEDULING":
                 return JobState("queued", status.message or "", job, NAME)
             runs = status.stage == "RUNNING"
@@ -373,4 +410,5 @@ def _state(folder: Path, address: str, user: str, job: str, minute: int) -> JobS
         return JobState("unknown")
     if status.stage != "COMPLETED":
         say(f"{folder}: job {job} ended as {status.stage}: {status.message or 'no reason given'}; see {log}")
+        say(f"`recipe resume {RunDir(folder).quoted} --on hf,flavor={info.flavor},hours=N` continues a training")
     return None
