@@ -173,7 +173,7 @@ def test_a_run_has_one_job_at_a_time_because_they_share_a_folder(queued, hub):
     command = Command("evaluate", queued, ["evaluate", str(queued.path)], TaskResult(NAME))
     task = Task(command.result, lambda: [command], {}, 0)
     with pytest.raises(UserError) as refusal:
-        hf.Hf(True, None, ["flavor=cpu-basic", "ask=no"], True).submit([task], NAME)
+        hf.Hf(True, None, ["flavor=cpu-basic", "ask=no"], True).carry_out(task, list)
     assert str(refusal.value) == f"{queued.path}: another job of the run has not ended; wait, or cancel the run"
     assert len(hub.jobs) == 1
 
@@ -259,7 +259,7 @@ def test_a_rehearsal_takes_the_cheapest_flavor(recipe, tiny_profile, hub):
             [1],
             "no plan says how long the job takes on a10g-small; add a time limit, as in --on hf,flavor=l4x1,hours=3",
         ),
-        (["flavor=l4x1", "hours=1"], [1, 1], "2 runs, but a job takes one; start each with `recipe run --on hf`"),
+        (["flavor=l4x1", "hours=1"], [1, 2], "flavor l4x1 has 1 GPUs, and the run needs 2; choose another flavor"),
     ],
 )
 def test_a_task_that_does_not_suit_a_flavor_is_refused(hub, options, counts, says):
@@ -284,3 +284,30 @@ def test_a_study_of_one_run_comes_to_its_verdict_in_one_command(recipe, tmp_path
     done = recipe.json(*words)
     assert [step["run"] for step in done["steps"]] == ["skipped"]
     assert len(hub.jobs) == 1
+
+
+SWEEP = ("sweep", NAME, "--set", "lora_r=4,8,12", "--rehearse", "--metric", "bertscore:none")
+
+
+def test_each_trial_of_a_sweep_is_a_job(recipe, tiny_profile, hub):
+    words = (*SWEEP, "--profile", tiny_profile, "--json", *ON)
+    done = recipe.ok(*words)
+    price = "cpu-basic: $0.01 an hour; 3 jobs, each at most 1 hours, $0.01; at most $0.03 in total"
+    assert price in done.stderr.splitlines()
+    steps = [step["run"] for step in orjson.loads(done.stdout)["steps"]]
+    assert steps == [f"queued (job {id_})" for id_ in hub.jobs]
+    folders = {job["volumes"][0]["path"] for job in hub.jobs.values()}
+    assert len(folders) == 3
+    recipe.ok(*words)
+    assert len(hub.jobs) == 3  # they are queued
+
+
+def test_a_sweep_stops_at_the_first_job_that_the_hub_refuses(recipe, tiny_profile, hub):
+    hub.credits = 0
+    done = recipe(*SWEEP, "--profile", tiny_profile, "--json", *ON)
+    steps = orjson.loads(done.stdout)["steps"]
+    assert (done.returncode, [step["run"] for step in steps]) == (1, ["failed", None, None])
+    assert BILLING in steps[0]["problem"]
+    hub.credits = 1
+    recipe.ok(*SWEEP, "--profile", tiny_profile, *ON)
+    assert len(hub.jobs) == 3

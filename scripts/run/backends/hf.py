@@ -141,27 +141,38 @@ class Hf(Backend):
 
     def preview(self, task: Task) -> str:
         """Script of the job that would train a run; its price goes to stderr."""
-        self._say_price(self._limit())
+        self._say_price(self._limit(), 1)
         return _script(task.claim(), [Path.cwd()])
 
     def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
-        """Submit one task as a job, after the user has agreed to its price.
+        """Submit each task as a job, after the user has agreed to the price of all.
+
+        The first job that the hub refuses is the last one that is submitted.
 
         Raises:
-            UserError: there are several tasks, the user disagrees, or the hub refuses the job.
+            UserError: the user disagrees, or a run does not suit the flavor.
         """
-        if len(tasks) > 1:
-            problem = f"{len(tasks)} runs, but a job takes one"
-            raise UserError(problem, key="--on hf", remedy="start each with `recipe run --on hf`")
+        unfinished = [task for task in tasks if task.steps]
+        if not unfinished:
+            claimed(tasks)  # records that they are finished
+            return []
         hours = self._limit()
-        for task in tasks:
-            available = _gpus(self.flavor)
+        available = _gpus(self.flavor)
+        for task in unfinished:
             if task.gpus > available:
                 problem = f"flavor {self.flavor.name} has {available} GPUs, and the run needs {task.gpus}"
                 raise UserError(problem, key="--on hf", remedy="choose another flavor")
-            self._say_price(hours)
-            self._require_consent()
-        return [self._submit(commands, hours) for commands in claimed(tasks)]
+        self._say_price(hours, len(unfinished))
+        self._require_consent()
+        folders = []
+        for task in tasks:
+            for commands in claimed([task]):
+                try:
+                    folders.append(self._submit(commands, hours))
+                except UserError as error:
+                    task.result.fail(commands[0].step, str(error))
+                    return folders
+        return folders
 
     def can_wait_for(self, job: JobState | None) -> bool:
         """False: jobs of the hub do not wait for each other."""
@@ -194,14 +205,16 @@ class Hf(Backend):
             raise UserError(f"no plan says how long the job takes on {self.flavor.name}", key="--on hf", remedy=remedy)
         return math.ceil(2 * self._hours) + 1
 
-    def _say_price(self, hours: float) -> None:
+    def _say_price(self, hours: float, jobs: int) -> None:
         price = _price(self.flavor)
         planned = f"about {math.ceil(self._hours * 60)} minutes of training by plan; " if self._hours else ""
         limit = f"at most {hours:g} hours, ${price * hours:.2f}"
+        if jobs > 1:
+            limit = f"{jobs} jobs, each {limit}; at most ${jobs * price * hours:.2f} in total"
         say(f"{self.flavor.name}: ${price:.2f} an hour; {planned}{limit}")
 
     def _require_consent(self) -> None:
-        if self.options.ask == "no" or (sys.stdin.isatty() and typer.confirm("Submit the job?", err=True)):
+        if self.options.ask == "no" or (sys.stdin.isatty() and typer.confirm("Submit?", err=True)):
             return
         remedy = "agree, or add ask=no, as in --on hf,flavor=l4x1,ask=no"
         raise UserError("a job costs money and was not agreed to; nothing was started", key="--on hf", remedy=remedy)
