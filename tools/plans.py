@@ -10,12 +10,13 @@ import json
 import sys
 from dataclasses import asdict
 
+from published_log import PlannedLog
+
 from qlora_recipes.base import paths
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request, compose
 from qlora_recipes.data import studies
 from qlora_recipes.plan import plan, step_plan
-from qlora_recipes.plan.published_log import PlannedLog
 from qlora_recipes.plan.step_plan import StepPlan
 
 GENERATIONS = ("T4", "A100", "H100")

@@ -21,8 +21,7 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training
-from safetensors.torch import save
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -127,7 +126,7 @@ def _build(step: Step, recorder: Recorder, reference: Reference | None = None) -
 
 def _loaded(step: Step, recorder: Recorder) -> Any:
     """Model as it is loaded: quantized if the step's is, and recorded."""
-    model = _base_model(step)
+    model = base_model(step)
     if step.is_quantized:
         _quantize(step, model, recorder)
     for tensor in (*model.parameters(), *model.buffers()):
@@ -146,7 +145,7 @@ def _reference_model(step: Step, recorder: Recorder) -> Any:
     return model.eval()
 
 
-def _base_model(step: Step) -> Any:
+def base_model(step: Step) -> Any:
     """Model with unquantized weights, without adapters."""
     config = AutoConfig.for_model(**json.loads(step.model))
     config.use_cache = False
@@ -228,7 +227,7 @@ def _trainable(step: Step, model: Any) -> Any:
     """Prepare the model for training: adapters, dtypes and checkpointing."""
     model = _prepared(step, model)
     if step.adapter:
-        model = get_peft_model(model, _lora_config(step), autocast_adapter_dtype=step.fp32_adapters)
+        model = get_peft_model(model, lora_config(step), autocast_adapter_dtype=step.fp32_adapters)
     if step.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": step.checkpointing == "reentrant"})
     if _requires_input_gradients(step):
@@ -253,7 +252,7 @@ def _convert_embeddings(step: Step, model: nn.Module) -> None:
             module.to(dtype)
 
 
-def _lora_config(step: Step) -> LoraConfig:
+def lora_config(step: Step) -> LoraConfig:
     return LoraConfig(
         r=step.rank,
         lora_alpha=step.rank,
@@ -492,15 +491,6 @@ def trace(step: Step, shape: Shape, evaluation: Shape | None = None, reference: 
     return MemoryTrace(
         loaded, events, evaluated, recorder.kinds, parameters, sizes, recorder.paged, expandable=step.axolotl
     )
-
-
-def adapter_bytes(step: Step) -> int:
-    """Size of adapter_model.safetensors, which PEFT writes for a model without weights; needs twice as much memory."""
-    with torch.device("meta"), catch_warnings(action="ignore"):  # warnings about embeddings in the file
-        model = get_peft_model(_base_model(step), _lora_config(step), autocast_adapter_dtype=step.fp32_adapters)
-        tensors = get_peft_model_state_dict(model)
-    content = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
-    return len(save(content, {"format": "pt"}))  # peft/peft_model.py, save_pretrained
 
 
 def _workspace(capability: tuple[int, int]) -> int:

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import plans
+import published_log
 import pytest
 from conftest import config_with, recipe_config, train_runs
+from published_log import PlannedLog
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -15,8 +17,7 @@ from qlora_recipes.config import merging
 from qlora_recipes.config.training_settings import TrainingSettings
 from qlora_recipes.data import published, studies
 from qlora_recipes.data.published import Ablation, Log
-from qlora_recipes.plan import fake_step, published_log, step_plan
-from qlora_recipes.plan.published_log import PlannedLog
+from qlora_recipes.plan import fake_step, step_plan
 from qlora_recipes.run.rundir import PLUGIN, RunDir
 
 REFINEMENT = "haider2024/as-released/llama-3-8b"
@@ -105,8 +106,8 @@ def test_the_bytes_are_those_of_a_saved_adapter(tmp_path, tiny):
     config = config_with({"base_model": str(tiny), "adapter": "lora", "load_in_4bit": False})
     step = step_plan.plan_step(config, None)[0].step
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    get_peft_model(model, fake_step._lora_config(step)).save_pretrained(tmp_path)
-    assert fake_step.adapter_bytes(step) == (tmp_path / "adapter_model.safetensors").stat().st_size
+    get_peft_model(model, fake_step.lora_config(step)).save_pretrained(tmp_path)
+    assert published_log.adapter_bytes(step) == (tmp_path / "adapter_model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize(

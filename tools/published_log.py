@@ -1,22 +1,24 @@
 """Published log of a training beside a plan with the log's inputs: schedule, adapter and memory.
 
-Learning rates and the size of an adapter need torch, whose import takes some seconds.
+tools/plans.py calls it. Learning rates and the size of an adapter need torch, whose import takes some seconds.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from warnings import catch_warnings
 
-from ..base.errors import UserError
-from ..base.hub import importing_axolotl
-from ..base.yamlfiles import Config
-from ..check import schema
-from ..config.finding import refuse
-from ..config.gpus import Gpu
-from ..config.merging import merge
-from ..config.training_settings import TrainingSettings
-from ..data.published import Figure, Log, Point, read_points
-from ..data.studies import Study
-from .step_plan import StepPlan, plan_step
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.hub import importing_axolotl
+from qlora_recipes.base.yamlfiles import Config
+from qlora_recipes.check import schema
+from qlora_recipes.config.finding import refuse
+from qlora_recipes.config.gpus import Gpu
+from qlora_recipes.config.merging import merge
+from qlora_recipes.config.training_settings import TrainingSettings
+from qlora_recipes.data.published import Figure, Log, Point, read_points
+from qlora_recipes.data.studies import Study
+from qlora_recipes.plan.step_plan import StepPlan, plan_step
+from qlora_recipes.plan.steps import Step
 
 TOLERANCE = 1e-18
 """Largest difference of equal learning rates; rounding makes some 1e-20."""
@@ -100,8 +102,6 @@ class PlannedLog:
             figures += self._compared_figure("steps", self.steps)
             figures += self._compared_figure("trainable", memory.total("trainable"))
             if self.log.adapter_bytes and self.step_plan.step.adapter:
-                from .fake_step import adapter_bytes
-
                 figures += self._compared_figure("adapter_bytes", adapter_bytes(self.step_plan.step))
         figures += self._compared_figure("reserved_bytes", memory.usage.reserved)
         return figures
@@ -131,6 +131,21 @@ class PlannedLog:
             equal = abs(planned[step] - published) <= TOLERANCE
             remark = f"of {len(self.points)} rates, that which differs most, after step {step:,} of {steps:,}"
             yield ComparedFigure("learning_rates", planned[step], published, equal, remark)
+
+
+def adapter_bytes(step: Step) -> int:
+    """Size of adapter_model.safetensors, which PEFT writes for a model without weights; needs twice as much memory."""
+    import torch
+    from peft import get_peft_model, get_peft_model_state_dict
+    from safetensors.torch import save
+
+    from qlora_recipes.plan.fake_step import base_model, lora_config
+
+    with torch.device("meta"), catch_warnings(action="ignore"):  # warnings about embeddings in the file
+        model = get_peft_model(base_model(step), lora_config(step), autocast_adapter_dtype=step.fp32_adapters)
+        tensors = get_peft_model_state_dict(model)
+    content = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
+    return len(save(content, {"format": "pt"}))  # peft/peft_model.py, save_pretrained
 
 
 Rate = Callable[[int], float]
