@@ -1,5 +1,6 @@
 """Models that Axolotl loads without a complaint, and that are not what their configs say."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,6 @@ from axolotl.integrations.base import PluginManager
 from axolotl.train import setup_model_and_tokenizer
 from conftest import config_with
 from peft import LoraConfig, get_peft_model
-from random_models import save_tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -181,9 +181,9 @@ NAMES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
         ),
     ],
 )
-def test_a_model_that_differs_from_its_config_is_found(tmp_path, monkeypatch, change, wrong):
+def test_a_model_that_differs_from_its_config_is_found(tmp_path, monkeypatch, tiny, change, wrong):
     monkeypatch.chdir(tmp_path.parent)
-    save_tiny_llama(tmp_path / "tiny")
+    shutil.copytree(tiny, tmp_path / "tiny")
     settings = {"base_model": str(tmp_path / "tiny"), "adapter": "lora", "lora_r": 8, "lora_alpha": 16}
     settings |= {"lora_dropout": 0.05, "lora_target_modules": ALL, "fp16": False, "bf16": True, "plugins": [PLUGIN]}
     unset = ("load_in_4bit", "bnb_config_kwargs", "lora_target_linear", "revision_of_model", "special_tokens")
