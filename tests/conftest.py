@@ -113,7 +113,8 @@ LONGEST = (
     "deep_dive",
     *("verify", "memory", "parallelism", "own_study", "own_tasks", "eval_loss", "stages", "benchmarks", "sky_task"),
     *("slurm", "evaluation_rows", "sweep", "run", "report", "tokens", "work", "vllm", "bertscore", "authors_tokens"),
-    *("predict", "reproduce", "plan", "plugin", "gguf_files"),
+    *("predict", "reproduce", "plan", "plugin", "gguf_files", "model_facts", "published_log", "hf", "fake_step"),
+    *("validation", "rewards"),
 )
 
 
