@@ -140,7 +140,7 @@ class EvalLosses(NamedTuple):
     Attributes:
         tokens: mean over all tokens with a label, see the module `losses`.
         trainer: `eval_loss` of the Trainer: the mean over batches of their mean per token, weighted by the rows of a
-            batch if rows are not packed.
+            batch if rows are not packed. Of preference pairs: the mean per pair, without a unit.
         rewards: rewards of a preference training, see the module `rewards`.
     """
 
@@ -368,9 +368,11 @@ class Column:
 
     @property
     def label(self) -> str:
-        """Name in tables and figures, with the unit."""
+        """Name in tables and figures, with the unit; not of the Trainer's loss, which can be one per pair."""
         name = self.given_label or self.metric.label
-        return f"{name}, {self.metric.unit}" if self.metric.unit else name
+        if not self.metric.unit or is_of_trainer(self):
+            return name
+        return f"{name}, {self.metric.unit}"
 
     @property
     def title(self) -> str:

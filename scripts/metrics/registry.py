@@ -61,13 +61,16 @@ PERPLEXITY = LossMetric(
     higher_is_better=False,
     score_loss=math.exp,
 )
-_PAIRS = "of held-out preference pairs, under beta times the difference of log-probabilities to the reference"
+_REWARD = (
+    "beta times the difference of log-probabilities to the reference; for orpo and simpo, which have none, beta times "
+    "the mean log-probability of the answer's tokens"
+)
 REWARD_ACCURACY = RewardMetric(
     name="reward_accuracy",
     label="reward accuracy",
     hub_type="accuracy",
     unit="%",
-    source=f"share {_PAIRS}, whose chosen answer has the higher reward",
+    source=f"share of held-out preference pairs whose chosen answer has the higher reward ({_REWARD})",
     is_share=True,
 )
 REWARD_MARGIN = RewardMetric(
@@ -76,7 +79,7 @@ REWARD_MARGIN = RewardMetric(
     hub_type="reward margin",
     low=-math.inf,
     high=None,
-    source=f"mean {_PAIRS}, of the chosen answer's reward minus the rejected one's",
+    source=f"mean over held-out preference pairs of the chosen answer's reward minus the rejected one's ({_REWARD})",
 )
 for _metric in (EVAL_LOSS, PERPLEXITY, REWARD_ACCURACY, REWARD_MARGIN, BENCHMARK):
     METRICS.include(_metric)

@@ -53,6 +53,18 @@ def test_an_eval_loss_is_per_token_or_the_trainers(entry, losses, value):
     assert column.metric.measure(column, ScoringInput(losses=losses)).value == value
 
 
+@pytest.mark.parametrize(
+    ("entry", "label"),
+    [
+        ({}, "eval loss, nats per token"),
+        ({"by": "trainer"}, "eval loss"),  # of a preference training: per pair
+        ({"by": "trainer", "label": "DPO loss"}, "DPO loss"),
+    ],
+)
+def test_only_a_loss_per_token_has_that_unit(entry, label):
+    assert registry.column("eval_loss", entry).label == label
+
+
 def test_an_eval_loss_of_something_else_is_refused():
     with pytest.raises(WrongMetric) as raised:
         registry.column("loss", {"metric": "eval_loss", "by": "rows"})
