@@ -4,9 +4,10 @@ from itertools import batched
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from conftest import train_runs
+from conftest import finish, start, train_runs, wait_until
 from datasets import Dataset
 from scipy.stats import binomtest
 
@@ -14,7 +15,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import read_rows, write_rows
 from qlora_recipes.config import datafiles
 from qlora_recipes.metrics import registry
-from qlora_recipes.run.rundir import PLUGIN, RunDir, summarise
+from qlora_recipes.run.rundir import PLUGIN, RunDir, all_runs, summarise
 from qlora_recipes.training.rewards import scored_pairs
 from qlora_recipes.training.run_record import EvalTokens
 from qlora_recipes.training.tokens import Tokenizer
@@ -54,12 +55,12 @@ def config(folder: Path, model: Path) -> yamlfiles.Config:
         "micro_batch_size": 2,
         "eval_batch_size": 8,  # the last batch has four pairs
         "gradient_accumulation_steps": 2,
-        "num_epochs": 2,
+        "num_epochs": 4,
         "learning_rate": 0.01,
         "lr_scheduler": "constant",
         "optimizer": "adamw_torch",
         "eval_strategy": "epoch",
-        "save_steps": 2,
+        "save_steps": 3,
         "logging_steps": 1,
         "bf16": False,
         "seed": 1,
@@ -312,15 +313,33 @@ def test_both_answers_of_a_pair_are_counted_as_tokens(runs, rl):
     for row in read_rows(Path(runs[rl].config["datasets"][0]["path"])):
         answers = scorer.ids(row["chosen"] + "</s>") + scorer.ids(row["rejected"] + "</s>")
         total += 2 * len(scorer.ids(row["prompt"])) + len(answers)
-    assert sum(record.get("tokens", 0) for record in runs[rl].read_metrics()) == 2 * total
+    assert sum(record.get("tokens", 0) for record in runs[rl].read_metrics()) == runs[rl].config["num_epochs"] * total
 
 
 @pytest.mark.long
-def test_a_resumed_training_ends_with_the_same_adapter(tmp_path, run, content):
-    checkpoint = run.output / "checkpoint-2"
-    resumed = train_runs(tmp_path, {"resumed": content | {"resume_from_checkpoint": str(checkpoint)}})["resumed"]
-    steps = [record["step"] for record in resumed.read_metrics() if "loss" in record]
-    assert steps == [3, 4]
-    adapters = [(output / "adapter_model.safetensors").read_bytes() for output in (run.output, resumed.output)]
+def test_a_killed_training_goes_on_to_the_same_adapter(tmp_path, run, content):
+    """Killed after step 4, while it evaluates or takes the next steps; its checkpoints are of steps 3 and 6."""
+    (tmp_path / "pairs.yaml").write_text(yamlfiles.write_yaml(content))
+    process = start(tmp_path, "run", "pairs.yaml")
+    try:
+        wait_until(lambda: steps(all_runs(tmp_path / "runs"))[-1:] >= [4], process)
+        [killed] = all_runs(tmp_path / "runs")
+        (training,) = psutil.Process(process.pid).children()
+        training.kill()
+        process.kill()
+        process.communicate()
+    finally:
+        process.kill()
+    wait_until(lambda: killed.read().state == "interrupted")
+    assert killed.last_checkpoint() == killed.output / "checkpoint-3"
+    finish(start(tmp_path, "resume", "latest"))
+    assert [launch.resumed_from for launch in killed.read().launches] == [None, "checkpoint-3"]
+    assert steps([killed]) == steps([run]) == [*range(1, 9)]
+    adapters = [(output / "adapter_model.safetensors").read_bytes() for output in (run.output, killed.output)]
     assert adapters[0] == adapters[1]
-    assert adapters[0] != (checkpoint / "adapter_model.safetensors").read_bytes()
+    assert adapters[0] != (killed.output / "checkpoint-3" / "adapter_model.safetensors").read_bytes()
+
+
+def steps(runs: list[RunDir]) -> list[int]:
+    """Steps with a loss in the metrics of runs."""
+    return [record["step"] for run in runs for record in run.read_metrics() if "loss" in record]
