@@ -167,7 +167,7 @@ def chat_template(case: Case) -> Problems:
     """
     for dataset in datafiles.datasets(case.config):
         entry = dataset.entry
-        if entry.get("type") != "chat_template":
+        if str(entry.get("type")).partition(".")[0] != "chat_template":  # pairs: chat_template.argilla_chat
             continue
         if entry.get("chat_template"):
             key = f"{dataset.key}.chat_template"

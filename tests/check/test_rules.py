@@ -161,6 +161,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "error chat-template:datasets.0.chat_template_jinja",
     ),
     (CHAT, "warning chat-template:datasets.0.type"),
+    ({"datasets": [CHATS | {"type": "chat_template.argilla_chat"}]}, "warning chat-template:datasets.0.type"),
     (
         {"datasets": [CHATS | {"chat_template": "chatml", "field_tools": "functions"}]},
         "error unread-tools:datasets.0.field_tools",
