@@ -14,7 +14,7 @@ from ..base.terminal import warn_once
 from ..base.yamlfiles import Config
 from ..metrics import registry
 from ..metrics.answers import GroupParameters
-from ..metrics.metric import BenchmarkMetric, Column, LossMetric
+from ..metrics.metric import BenchmarkMetric, Column
 from .declaration import Data, Mistake, Name, Strict, undeclared
 from .published import TRAIN_LOSS, Ablation, Baseline, GridPoint, Log, Published, released
 
@@ -91,11 +91,6 @@ class Study(Strict):
     def recipes(self) -> list[str]:
         """Names of the published recipes, then of their ablations."""
         return [*self.published, *self.ablations]
-
-    @property
-    def generates(self) -> bool:
-        """True if a metric needs predictions, not only the eval loss."""
-        return any(not isinstance(column.metric, LossMetric) for column in self.columns.values())
 
     @property
     def cited(self) -> str:

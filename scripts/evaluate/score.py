@@ -9,6 +9,7 @@ from typing import Any
 from ..base.errors import UserError
 from ..base.files import Row, read_rows
 from ..base.terminal import Bar, warn_once
+from ..base.yamlfiles import Config
 from ..config import substitution
 from ..data import studies
 from ..metrics import registry
@@ -71,6 +72,19 @@ def columns_of(recipe: str, requested: Iterable[str] = (), references: Sequence[
             del columns[registry.EVAL_LOSS.name]
     _require_averaged(columns)
     return columns
+
+
+def columns_of_training(config: Config, recipe: str, requested: Sequence[str] = ()) -> dict[str, Column]:
+    """Columns of a training; raises as `columns_of` does.
+
+    Args:
+        config: the config, which has other default metrics if it trains preferences.
+        recipe: see `columns_of`.
+        requested: see `columns_of`.
+    """
+    if config.get("rl") and not requested and studies.study_of(recipe) is None:
+        return registry.columns(registry.FOR_PREFERENCES)
+    return columns_of(recipe, requested)
 
 
 def _require_averaged(columns: Mapping[str, Column]) -> None:

@@ -90,6 +90,8 @@ DEFAULT: tuple[str, ...] = ("eval_loss", "exact_match")
 """Default metrics, for use if neither a study nor --metric names any."""
 DEFAULT_FOR_TEXTS = (*DEFAULT, "rouge_l", "sacrebleu")
 """Default metrics for longer answers, of which a good one rarely equals the reference."""
+FOR_PREFERENCES: dict[str, Config] = {"eval_loss": {"by": "trainer"}, "reward_accuracy": {}, "reward_margin": {}}
+"""Metrics of a preference training without a study: what its trainer measures."""
 LONGER = 60
 """Median number of characters from which answers are longer ones: about ten words, so two dozen n-grams for BLEU."""
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")

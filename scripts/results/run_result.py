@@ -16,10 +16,10 @@ from ..data.manifest import is_the_studys
 from ..data.published import GridPoint, Published, PublishedScore
 from ..data.studies import Study
 from ..evaluate.changes import Changed, changed, find_evaluation, served_evaluations
-from ..evaluate.score import by_declared_model, columns_of
+from ..evaluate.score import by_declared_model, columns_of_training
 from ..evaluate.scores_file import Evaluation, read_scores
 from ..evaluate.settings import BASE
-from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord, is_of_trainer
+from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord, is_of_trainer, need_predictions
 from ..run.rundir import RunDir
 from ..training.run_record import Run, Summary
 from .score_records import PROFILES
@@ -101,8 +101,8 @@ class RunResult:
 
     @property
     def is_scored(self) -> bool:
-        """True if the run is evaluated, or its study needs only the eval loss."""
-        return self.evaluation is not None or (self.study is not None and not self.study.generates)
+        """True if the run is evaluated, or its metrics need no predictions."""
+        return self.evaluation is not None or not need_predictions(self.columns.values())
 
     @property
     def score_records(self) -> dict[str, ScoreRecord]:
@@ -141,7 +141,7 @@ class RunResult:
         """Metrics of the study, and additional metrics of the evaluation."""
         recorded = self.evaluation.columns if self.evaluation else {}
         if self.study is None:
-            return recorded or columns_of(self.run.origin)
+            return recorded or columns_of_training(self.config, self.run.origin)
         return self.study.columns | recorded | self.study.columns  # the study's come first, and replace recorded ones
 
     @cached_property

@@ -18,7 +18,7 @@ from ..data.studies import Study
 from ..evaluate import evaluation_rows
 from ..evaluate.scores_file import about_rows
 from ..metrics import registry
-from ..metrics.metric import Column
+from ..metrics.metric import Column, LossMetric
 from ..study.pipeline import existing_runs
 from ..study.sweep import Sweep, Trial, default_columns, recorded_sweeps
 from ..training.run_record import Summary
@@ -34,7 +34,12 @@ _LEGEND = {
     "CPU's.",
 }
 
-
+TERMS = (
+    *("rl", "rl_beta", "cpo_alpha", "orpo_alpha", "rpo_alpha", "simpo_gamma", "kto_desirable_weight"),
+    *("kto_undesirable_weight", "dpo_label_smoothing", "dpo_ld_alpha", "dpo_loss_type", "dpo_loss_weights"),
+    *("dpo_norm_loss", "dpo_use_weighting"),
+)
+"""Settings that define a loss of preferences; losses that differ in one are not comparable."""
 Costs = tuple[float, float]  # peak memory in GiB, and eval loss
 
 
@@ -47,6 +52,7 @@ class SweepRow:
         runs: existing runs of the trials.
         columns: metrics of the sweep's runs; without runs, the recipe's metrics.
         compared_loss: mean eval loss over the tokens that all trials share; None if they share none.
+        term: a setting in which the losses of trials differ, see `TERMS`; so `compared_loss` is None.
         pareto: whether the row is on the Pareto front over peak memory and eval loss.
     """
 
@@ -55,6 +61,7 @@ class SweepRow:
     runs: list[RunResult]
     columns: dict[str, Column]
     compared_loss: float | None = None
+    term: str | None = None
     pareto: bool = False
 
     @property
@@ -98,6 +105,8 @@ class SweepRow:
         losses: dict[str, list[float]] = {}
         for result in self.finished:
             loss = result.summary.eval_loss_per_token
+            if result.summary.eval_pairs:
+                loss = result.summary.eval_loss
             if loss is not None:
                 losses.setdefault(repeats.tokens(result), []).append(loss)
         return losses
@@ -143,7 +152,7 @@ class SweepRow:
     @property
     def other_tokens(self) -> str | None:
         """Beginnings of the keys of `losses`, if the eval losses are not comparable."""
-        if self.compared_loss is not None:
+        if self.compared_loss is not None or self.term:
             return None
         return ", ".join(tokens[:8].strip() for tokens in self.losses) or None
 
@@ -192,11 +201,23 @@ def _compare_losses(table: Sequence[SweepRow]) -> None:
     measured = [row for row in table if row.losses]
     if not measured:
         return
+    if term := _varied_term(table):
+        for row in table:
+            row.term = term
+        return
     shared = set.intersection(*(set(row.losses) for row in measured))
     if not shared:
         return
     for row in measured:
         row.compared_loss = fmean(fmean(row.losses[tokens]) for tokens in shared)
+
+
+def _varied_term(table: Sequence[SweepRow]) -> str | None:
+    """First of the settings `TERMS` that differs between trials."""
+    for key in TERMS:
+        if len({str(row.trial.settings.get(key)) for row in table}) > 1:
+            return key
+    return None
 
 
 def _pareto_front(costs: Collection[Costs]) -> list[Costs]:
@@ -275,8 +296,9 @@ def _about_best(best: Sequence[SweepRow], by: str) -> Iterator[str]:
     else:
         place = "inside" if interval.low <= following <= interval.high else "outside"
         yield f"{note}, which is {place} the best one's 95 % interval, {interval.low:.5g} to {interval.high:.5g}."
-    if by != LOSS:
-        yield "The best of several scores on test rows is too high; select by eval loss."
+    if by == LOSS or (isinstance(best[0].columns[by].metric, LossMetric) and best[0].validated):
+        return
+    yield "The best of several scores on test rows is too high; select by eval loss."
 
 
 def find_trial(name: str) -> tuple[str, list[Override]] | None:
@@ -305,6 +327,8 @@ def notes(rows: Sequence[SweepRow]) -> Iterator[str]:
     """Notes below the table."""
     if any(row.other_tokens for row in rows):
         yield "Trials with other or unknown tokens are not comparable, so there is neither a front nor a best trial."
+    if rows[0].term:
+        yield f"{rows[0].term} defines the loss: neither loss nor margin ranks trials; `--by reward_accuracy` does."
     if any(len(row.losses) > 1 for row in rows):
         yield "Held-out rows differ by seed; trials are compared seed by seed."
 

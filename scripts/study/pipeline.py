@@ -20,9 +20,9 @@ from ..config.origin import Base
 from ..config.training_settings import TrainingSettings
 from ..evaluate import benchmarks
 from ..evaluate.evaluate import EvaluationRequest, is_complete, resolve
-from ..evaluate.score import columns_of, require_models, scorer_models
+from ..evaluate.score import columns_of_training, require_models, scorer_models
 from ..metrics import registry
-from ..metrics.metric import Column, LossMetric
+from ..metrics.metric import Column, need_predictions
 from ..plan import plan, step_plan
 from ..run import backends, run, trust
 from ..run.backends import DONE, FAILED, SKIPPED, Backend, Command, Step, Task, TaskResult
@@ -148,9 +148,9 @@ class Pipeline:
         """Metrics of the evaluation.
 
         Raises:
-            UserError: see `columns_of`.
+            UserError: see `columns_of_training`.
         """
-        return columns_of(self.composed.origin, self.evaluation.metrics)
+        return columns_of_training(self.composed.config, self.composed.origin, self.evaluation.metrics)
 
     @property
     def rows_digest(self) -> str:
@@ -377,8 +377,7 @@ class Pipeline:
         return [self._evaluation_command(run_dir)]
 
     def _generates(self) -> bool:
-        """True if any metric needs predictions; eval loss metrics do not."""
-        return any(not isinstance(column.metric, LossMetric) for column in self.columns.values())
+        return need_predictions(self.columns.values())
 
     def _evaluation(self) -> str | None:
         """State of the existing run's evaluation; None if it still has to start.

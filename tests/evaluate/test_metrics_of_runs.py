@@ -78,6 +78,20 @@ def test_a_metric_of_the_study_is_not_declared_anew(run):
     assert list(score.columns_of("mine", ["chrf"])) == ["chrf"]
 
 
+@pytest.mark.parametrize(
+    ("config", "recipe", "requested", "labels"),
+    [
+        ({"rl": "dpo"}, "start/dpo-qlora", [], ["eval loss", "reward accuracy, %", "reward margin"]),
+        ({"rl": "dpo"}, "start/dpo-qlora", ["reward_margin"], ["reward margin"]),
+        ({"rl": "dpo"}, "zephyr/dpo-qlora", [], ["eval loss", "reward accuracy, %", "reward margin"]),
+        ({}, "start/qlora", [], ["eval loss, nats per token", "exact match, %"]),
+    ],
+)
+def test_a_preference_training_has_rewards_by_default(config, recipe, requested, labels):
+    columns = score.columns_of_training(config, recipe, requested)
+    assert [column.label for column in columns.values()] == labels
+
+
 SHORT, LONG = "x" * (registry.LONGER - 1), "x" * registry.LONGER
 
 

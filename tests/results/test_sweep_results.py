@@ -5,6 +5,7 @@ import re
 import sys
 from itertools import batched
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -378,3 +379,44 @@ def test_a_name_that_is_not_of_one_sweep(tmp_path, recipe, name, message):
     sweep.write(tmp_path / "runs")
     sweep.model_copy(update={"rehearsal": True}).write(tmp_path / "runs")
     assert recipe.fails("results", name).stderr == f"recipe: {name}: {message}\n"
+
+
+def a_sweep_of_pairs(runs: Path, key: str, trials: dict[Any, tuple[float, float]]) -> None:
+    """A sweep over a setting of a DPO recipe; for each value the reward accuracy and the eval loss of its run."""
+    recipe = "start/dpo-qlora"
+    sweep = Sweep(name="pairs", recipe=recipe, rehearsal=False, keys=[key], trials=[])
+    for value, (accuracy, loss) in trials.items():
+        pairs = {"count": 100, "sha256": "a" * 64}
+        rewards = {"eval_reward_accuracy": accuracy, "eval_reward_margin": 1.0, "eval_pairs": pairs}
+        summary = Summary(eval_loss=loss, peak_memory=7.0, memory_kind="GPU, reserved", **rewards)
+        folder = a_run(runs, recipe, f"2026-{value}", 5.0, digest=str(value), summary=summary, set={key: value})
+        for file in folder.path.rglob("scores*.json"):
+            file.unlink()
+        sweep.trials.append(Trial(name=f"{key}={value}", settings={key: value, "rl": "dpo"}, digest=str(value)))
+    sweep.write(runs)
+
+
+OTHER_LOSSES = "rl_beta defines the loss: neither loss nor margin ranks trials; `--by reward_accuracy` does."
+BY_REWARDS = (
+    # Wilson's interval of 75 of 100
+    "best by reward_accuracy: {0}=16, 75; next: {0}=8, 70, which is inside the best one's 95 % interval, "
+    "65.696 to 82.455."
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "words", "best", "notes"),
+    [
+        ("lora_r", [], "lora_r=8", [f"best by eval_loss: lora_r=8, 0.5; next: lora_r=16, 0.6. {CHANCE}"]),
+        ("rl_beta", [], None, [OTHER_LOSSES]),
+        ("rl_beta", ["--by", "reward_accuracy"], "rl_beta=16", [OTHER_LOSSES, BY_REWARDS.format("rl_beta")]),
+        ("lora_r", ["--by", "reward_accuracy"], "lora_r=16", [BY_REWARDS.format("lora_r")]),
+    ],
+)
+def test_trials_of_pairs_rank_by_loss_or_by_rewards(tmp_path, recipe, key, words, best, notes):
+    a_sweep_of_pairs(tmp_path / "runs", key, {8: (0.7, 0.5), 16: (0.75, 0.6)})
+    shown = recipe.ok("results", "pairs", *words).stdout.splitlines()
+    assert shown[shown.index("") + 1 :] == notes
+    rows = recipe.json("results", "pairs", *words)
+    assert [row["trial"] for row in rows if row["best"]] == [best] * (best is not None)
+    assert [row["eval_loss"] for row in rows] == [0.5, 0.6]
