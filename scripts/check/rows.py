@@ -117,7 +117,7 @@ _WORDING = {
         "error", "{n}: the type reads other fields: {about}", "correct or drop these rows", rule="bad-row"
     ),
     "empty-reference": Wording("warning", "{n} with an empty {about}: the model learns nothing", "drop these rows"),
-    "equal-answers": Wording("error", "{n}: {about}, so that the pair has no gradient", "drop these rows"),
+    "equal-answers": Wording("error", "{n}: {about}, so that the pair shows no preference", "drop these rows"),
     "other-prompt": Wording("error", "{n}: {about}; Axolotl takes the chosen one's", "correct or drop these rows"),
     "swapped-pair": Wording("warning", "{n}: {about}", "swap the answers, or drop these rows"),
     "lacks-system": Wording(

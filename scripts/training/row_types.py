@@ -157,6 +157,17 @@ class TextRows(RowType):
 
 
 @dataclass(frozen=True)
+class LabelledRows(TextRows):
+    """Answers of KTO, whose field `label` is true for a desirable one; TRL makes no tensor of a text."""
+
+    def field_mistakes(self, name: str, row: Row) -> Iterator[RowMistake]:
+        if name != "label":
+            yield from super().field_mistakes(name, row)
+        elif not isinstance(row.get(name), int):  # a boolean, too
+            yield RowMistake("bad-row", "the field label is missing, or neither true nor false")
+
+
+@dataclass(frozen=True)
 class Tokenized(RowType):
     """A type whose required fields are lists: rows that are tokenized already, and the base of chats and segments."""
 
@@ -399,11 +410,21 @@ _PAIRS = {
 """Field of the prompt in types of texts that begin with `chatml.` or `llama3.`."""
 
 
+_OTHER_PREFERENCES = {
+    "orpo None": Pairs(("prompt", "chosen", "rejected"), (), "", "prompt"),
+    "orpo chat_template.argilla": Pairs(("chosen", "rejected"), ("system", "prompt"), are_texts=False),
+    "kto None": LabelledRows(("prompt", "completion", "label"), (), "completion"),
+}
+"""Types of rows by `rl` and type (axolotl/prompt_strategies/orpo; rows without a type stay as they are)."""
+
+
 def row_type(entry: Config, rl: str | None = None) -> RowType:
     """Type of a data set, from its entry in a config and the preference training."""
     name = entry.get("type")
+    if rl in OF_PAIRS:
+        return _pairs_type(name, entry)
     if rl:
-        return _pairs_type(name, entry) if rl in OF_PAIRS else RowType()
+        return _OTHER_PREFERENCES.get(f"{rl} {name}", RowType())
     if isinstance(name, dict):
         return _described_type(name)
     if name is None:

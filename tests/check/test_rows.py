@@ -99,12 +99,12 @@ OF_PAIRS = [
     ({"prompt": "a", "chosn": "b", "rejected": "c"}, BAD.format("the field chosn; did you mean chosen?")),
     (
         {"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "b"}]},
-        "error: KEY: 1 row: chosen and rejected are equal, so that the pair has no gradient; drop these rows "
+        "error: KEY: 1 row: chosen and rejected are equal, so that the pair shows no preference; drop these rows "
         "[equal-answers:KEY]",
     ),
     (
         {"prompt": "a", "chosen": "b", "rejected": "b"},
-        "error: KEY: 1 row: chosen and rejected are equal, so that the pair has no gradient; drop these rows "
+        "error: KEY: 1 row: chosen and rejected are equal, so that the pair shows no preference; drop these rows "
         "[equal-answers:KEY]",
     ),
     (
@@ -169,6 +169,29 @@ def test_a_row_that_spoils_a_training_is_found_with_its_line(good, dataset, row,
 def test_a_pair_that_spoils_a_training_is_found_with_its_line(good, dataset, row, finding):
     assert f"train.jsonl:2: {finding}" in findings_of([good, row], dataset, "dpo")
     assert findings_of([good], dataset, "dpo") == []
+
+
+ARGILLA = {"type": "chat_template.argilla"}
+ANSWERED = {"prompt": "<s>Why?", "completion": "So.</s>", "label": True}  # tokens on purpose
+UNTYPED = {"type": None}
+NO_LABEL = BAD.format("the field label is missing, or neither true nor false")
+
+
+@pytest.mark.parametrize(
+    ("rl", "good", "dataset", "row", "finding"),
+    [
+        ("orpo", GOOD_PAIR, UNTYPED, {"prompt": "a", "chosen": "b"}, BAD.format("the field rejected is missing")),
+        ("orpo", GOOD_PAIR, UNTYPED, FULL_PAIR | {"prompt": "a"}, BAD.format("the field chosen is not text")),
+        ("orpo", GOOD_PAIR, UNTYPED, *OF_PAIRS[6]),
+        ("orpo", FULL_PAIR | {"system": "Be brief."}, ARGILLA, *OF_FULL_PAIRS[0]),
+        ("kto", ANSWERED, UNTYPED, {"prompt": "a", "completion": "b"}, NO_LABEL),
+        ("kto", ANSWERED, UNTYPED, ANSWERED | {"label": "no"}, NO_LABEL),
+        ("kto", ANSWERED, UNTYPED, ANSWERED | {"completion": " "}, EMPTY.format("completion")),
+    ],
+)
+def test_a_row_of_orpo_or_kto_that_spoils_a_training_is_found(rl, good, dataset, row, finding):
+    assert f"train.jsonl:2: {finding}" in findings_of([good, row], dataset, rl)
+    assert findings_of([good], dataset, rl) == []
 
 
 SHAREGPT = {"field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}}
