@@ -296,7 +296,9 @@ def _about_best(best: Sequence[SweepRow], by: str) -> Iterator[str]:
     else:
         place = "inside" if interval.low <= following <= interval.high else "outside"
         yield f"{note}, which is {place} the best one's 95 % interval, {interval.low:.5g} to {interval.high:.5g}."
-    if by == LOSS or (isinstance(best[0].columns[by].metric, LossMetric) and best[0].validated):
+    if by == LOSS:
+        return
+    if isinstance(best[0].columns[by].metric, LossMetric) and best[0].validated:  # of the held-out rows
         return
     yield "The best of several scores on test rows is too high; select by eval loss."
 
