@@ -12,6 +12,7 @@ from ..base.files import Row, digest, write_atomically
 from ..base.processes import package_version
 from ..evaluate.scores_file import Evaluation
 from ..metrics.metric import Benchmark, Column, ScoreRecord
+from . import verdict
 from .card import Card, hub_benchmark
 
 TOOL = "qlora-recipes"
@@ -118,12 +119,11 @@ def _model(card: Card, evaluation: Evaluation) -> Row:
 
 
 def _result(card: Card, evaluation: Evaluation, column: Column, score: ScoreRecord) -> Row:
-    """Score with its interval, rows and settings."""
-    metric, benchmark = column.metric, score.benchmark
+    """Score with its uncertainty, settings and verdict."""
+    metric = column.metric
     low = "-Infinity" if math.isinf(metric.low) else metric.low
     high = "Infinity" if metric.high is None else metric.high
-    uncertainty: Row = {"num_samples": evaluation.shares.rows}
-    details: Row = {"score": score.value, "uncertainty": uncertainty}
+    scored: Row = {"score": score.value, "uncertainty": _uncertainty(evaluation, score)}
     definition = {
         "evaluation_description": column.meaning,
         "metric_id": column.name,
@@ -137,17 +137,39 @@ def _result(card: Card, evaluation: Evaluation, column: Column, score: ScoreReco
         "evaluation_name": dataset,
         "source_data": {"source_type": "other", "dataset_name": dataset},
         "metric_config": definition,
-        "score_details": details,
+        "score_details": scored,
     }
+    details = _details(card, column, score)
+    if details:
+        scored["details"] = details
+    if score.benchmark is None and evaluation.settings.rows:
+        result["generation_config"] = _generation(evaluation)
+    return result
+
+
+def _uncertainty(evaluation: Evaluation, score: ScoreRecord) -> Row:
+    """Number of rows, interval, and the standard error of a benchmark."""
+    uncertainty: Row = {"num_samples": evaluation.shares.rows}
     if score.interval:
         lower, upper = score.interval
         uncertainty["confidence_interval"] = {"lower": lower, "upper": upper, "confidence_level": 0.95}
-    if benchmark:
-        uncertainty["num_samples"] = benchmark.rows
-        details["details"] = {"conditions": _conditions(benchmark)}
-    elif evaluation.settings.rows:
-        result["generation_config"] = _generation(evaluation)
-    return result
+    if score.benchmark:
+        uncertainty["num_samples"] = score.benchmark.rows
+        if score.benchmark.stderr is not None:
+            uncertainty["standard_error"] = {"value": score.benchmark.stderr}
+    return uncertainty
+
+
+def _details(card: Card, column: Column, score: ScoreRecord) -> dict[str, str]:
+    """Conditions of a benchmark, and the published score with the verdict if there is one."""
+    details = {}
+    if score.benchmark:
+        details["conditions"] = _conditions(score.benchmark)
+    published = card.result.aim.scores.get(column.name)
+    judged = verdict.of_run(column, card.result) if published else None
+    if judged:
+        details |= {"published": str(published), "verdict": judged}
+    return details
 
 
 def _generation(evaluation: Evaluation) -> Row:

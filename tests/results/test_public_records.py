@@ -104,7 +104,7 @@ def test_a_merged_model_has_scores_of_its_adapter(run):
     assert entry["notes"] == f"{NOTES}, adapter before merging"
 
 
-def test_a_record_has_intervals_rows_decoding_and_config(run, tmp_path):
+def test_a_record_has_intervals_rows_decoding_verdict_and_config(run, tmp_path):
     file, record = record_of(run)
     assert file.parent == run.output / "data" / "qlora-recipes" / MODEL
     assert record_of(run)[0] == file  # the same scores are the same record
@@ -118,14 +118,16 @@ def test_a_record_has_intervals_rows_decoding_and_config(run, tmp_path):
     assert list(results) == ["bleu4", "eval_loss", "gsm8k", "hellaswag"]
     interval = {"lower": 4.9, "upper": 5.3, "confidence_level": 0.95}
     uncertainty = {"num_samples": 5000, "confidence_interval": interval}
-    assert results["bleu4"]["score_details"] == {"score": 5.125, "uncertainty": uncertainty}
+    details = {"published": "5.27", "verdict": "within the interval"}
+    assert results["bleu4"]["score_details"] == {"score": 5.125, "uncertainty": uncertainty, "details": details}
     assert results["bleu4"]["generation_config"] == {
         "generation_args": {"temperature": 0.0, "max_tokens": run_folders.STUDY.decoding.max_new_tokens},
         "additional_details": {"num_beams": str(run_folders.STUDY.decoding.num_beams), "dtype": "float16"},
     }
     assert results["eval_loss"]["metric_config"]["max_score"] == "Infinity"
     assert results["eval_loss"]["metric_config"]["lower_is_better"]
-    assert results["gsm8k"]["score_details"]["uncertainty"]["num_samples"] == 1319
+    uncertainty = results["gsm8k"]["score_details"]["uncertainty"]
+    assert (uncertainty["num_samples"], uncertainty["standard_error"]) == (1319, {"value": 1.3})
     assert results["gsm8k"]["score_details"]["details"] == {"conditions": NOTES}
 
 
