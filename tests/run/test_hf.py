@@ -182,8 +182,8 @@ def test_a_run_has_one_job_at_a_time_because_they_share_a_folder(queued, hub):
 def test_a_job_that_ended_without_results_can_be_resumed(recipe, queued, hub, ends):
     hub.set(ends, "Job failed with exit code: 1")
     assert shown(recipe)["state"] in ("created", "interrupted")  # a new run has ten seconds to start
-    recipe.ok("resume", queued.path, "--on", "hf,flavor=cpu-basic,hours=1,ask=no")
-    assert shown(recipe)["state"] == "queued"
+    recipe.ok("resume", queued.path, "--on", "hf,hours=1,ask=no")  # a rehearsal suits the cheapest flavor
+    assert (shown(recipe)["state"], hub.job["flavor"]) == ("queued", "cpu-basic")
     assert [job.id for job in queued.jobs()] == list(hub.jobs)
 
 
@@ -259,6 +259,7 @@ def test_a_rehearsal_takes_the_cheapest_flavor(recipe, tiny_profile, hub):
             [1],
             "no plan says how long the job takes on a10g-small; add a time limit, as in --on hf,flavor=l4x1,hours=3",
         ),
+        (["hours=1"], [1], "no plan chooses a flavor for this command; name one, as in --on hf,flavor=l4x1,hours=3"),
         (["flavor=l4x1", "hours=1"], [1, 2], "flavor l4x1 has 1 GPUs, and the run needs 2; choose another flavor"),
     ],
 )

@@ -93,6 +93,7 @@ class Hf(Backend):
         self.options = _options(options)
         self._rehearsal = rehearsal
         self._flavors = _flavors(self.options.flavor)
+        self._is_chosen = self.options.flavor is not None
         self._hours = 0.0 if rehearsal else None
 
     @property
@@ -130,6 +131,7 @@ class Hf(Backend):
             gpu = _gpu_of(flavor)
             if gpu and plan_request(request, gpu).gpus[0].fits:
                 self._flavors = self._flavors[i:]
+                self._is_chosen = True
                 return
         problem = f"{request.name} fits no flavor of the hub"
         raise UserError(problem, key="--on hf", remedy="`recipe plan NAME` lists changes that help")
@@ -157,11 +159,7 @@ class Hf(Backend):
             claimed(tasks)  # records that they are finished
             return []
         hours = self._limit()
-        available = _gpus(self.flavor)
-        for task in unfinished:
-            if task.gpus > available:
-                problem = f"flavor {self.flavor.name} has {available} GPUs, and the run needs {task.gpus}"
-                raise UserError(problem, key="--on hf", remedy="choose another flavor")
+        self._require_gpus(max(task.gpus for task in unfinished))
         self._say_price(hours, len(unfinished))
         self._require_consent()
         folders = []
@@ -195,6 +193,16 @@ class Hf(Backend):
             hub.cancel_job(job_id=job.id, namespace=job.user)
         _state.cache_clear()
         return [f"job {job.id} is cancelled"]
+
+    def _require_gpus(self, needed: int) -> None:
+        """Refuse a flavor with too few GPUs, or one that neither the user nor a plan chose."""
+        if needed and not self._is_chosen:
+            remedy = "name one, as in --on hf,flavor=l4x1,hours=3"
+            raise UserError("no plan chooses a flavor for this command", key="--on hf", remedy=remedy)
+        available = _gpus(self.flavor)
+        if needed > available:
+            problem = f"flavor {self.flavor.name} has {available} GPUs, and the run needs {needed}"
+            raise UserError(problem, key="--on hf", remedy="choose another flavor")
 
     def _limit(self) -> float:
         """Time limit in hours: twice the planned time, and an hour to install packages and fetch the model."""
