@@ -14,6 +14,7 @@ from qlora_recipes.config.finding import Level
 from qlora_recipes.evaluate.changes import Changed
 from qlora_recipes.plan.plan import Plan
 from qlora_recipes.results.compare import Divergence
+from qlora_recipes.results.public_records import PublicScore
 from qlora_recipes.results.score_records import Status
 from qlora_recipes.training.run_record import EvalTokens, State, TrackedRun
 
@@ -291,6 +292,11 @@ class StudyRowWithRecords(StudyRow, extra_items=float | None):
     tuned: list[BestTrial]
 
 
+class PublicScoreOfFile(PublicScore):
+    file: str
+    verdict: str | None
+
+
 class Compared(TypedDict, extra_items=float | None):
     """Difference of two sides' scores on the rows that both have; by label, the mean of each side."""
 
@@ -382,8 +388,8 @@ OUTPUTS: dict[str, Any] = {
     "evaluate": Scores | described(dict[str, Scores], "of several models"),
     "score": Scores,
     "results": described(
-        list[Run] | list[StudyRowWithRecords] | list[RankedTrial] | Comparison,
-        "of runs, a study, a sweep or a comparison; with --columns, a list of objects with these columns",
+        list[Run] | list[StudyRowWithRecords] | list[RankedTrial] | Comparison | list[PublicScoreOfFile],
+        "of runs, a study, a sweep, a comparison or public records; with --columns, objects with these columns",
     ),
     "study check": list[Found],
     "doctor": list[Line],

@@ -47,7 +47,8 @@ def _split(texts: list[str]) -> list[str]:
 @commands.command(
     "results",
     cls=RecipeCommand,
-    epilog="recipe results    # all runs\nrecipe results lora-tradeoffs\nrecipe results RUN_A RUN_B"
+    epilog="recipe results    # all runs\nrecipe results lora-tradeoffs"
+    "\nrecipe results lora-tradeoffs CARD.md    # public records\nrecipe results RUN_A RUN_B"
     "\nrecipe results --where 'lora_r >= 16' --csv",
 )
 def results_command(
@@ -97,6 +98,11 @@ def results_command(
         from ..results.query import Query
 
         _show_query(names, Query(where, sort, columns, limit), csv, json)
+    elif names and paths.is_study(names[0]) and Path(names[-1]).is_file():
+        from ..data import studies
+        from ..results import public_records
+
+        public_records.show(studies.find(names[0]), names[1:], json)
     elif len(names) == 1 and not has_magic(names[0]):
         _show_one(names[0], rehearse, by, json)
     else:

@@ -1,15 +1,22 @@
-"""Records of a model's scores in public formats: Every Eval Ever, and the hub's `.eval_results`."""
+"""Records of models' scores in public formats: Every Eval Ever, and the hub's `.eval_results` and `model-index`."""
 
 import math
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import orjson
+from pydantic import AliasChoices, AliasPath, BaseModel, Field
 
-from ..base import yamlfiles
-from ..base.files import Row, digest, write_atomically
+from ..base import tables, yamlfiles
+from ..base.errors import UserError
+from ..base.files import Row, digest, parse_json, write_atomically
 from ..base.processes import package_version
+from ..config.merging import value_at
+from ..data.studies import Study
+from ..evaluate.intervals import Interval
 from ..evaluate.scores_file import Evaluation
 from ..metrics.metric import Benchmark, Column, ScoreRecord
 from . import verdict
@@ -54,13 +61,19 @@ def hub_entries(card: Card, source: str | None = None) -> str:
         return ""
     entries = []
     for score in card.evaluation.scores.values():
-        names, benchmark = hub_benchmark(score), score.benchmark
-        if names and benchmark:
-            value, date = round(benchmark.value, 4), card.evaluation.created
-            notes = _conditions(benchmark)
+        names = hub_benchmark(score)
+        if names and score.benchmark:
+            notes = _conditions(score.benchmark)
             if card.merged:
                 notes += ", adapter before merging"
-            entries.append(EvalResultEntry(*names, value=value, date=date, source_url=source, notes=notes))
+            entry = EvalResultEntry(
+                *names,
+                value=round(score.benchmark.value, 4),
+                date=card.evaluation.created,
+                source_url=source,
+                notes=notes,
+            )
+            entries.append(entry)
     return yamlfiles.write_yaml(eval_result_entries_to_yaml(entries)) if entries else ""
 
 
@@ -82,19 +95,17 @@ def every_eval_ever(card: Card, evaluation: Evaluation) -> str:
         if score.value is not None:
             results.append(_result(card, evaluation, column, score))
     relationship = "third_party" if card.result.run.published_adapter else "first_party"
-    source = {
-        "source_type": "evaluation_run",
-        "source_organization_name": TOOL,
-        "evaluator_relationship": relationship,
-    }
-    library = {"name": TOOL, "version": str(package_version(TOOL))}
     record = {
         "schema_version": "0.3.0",
         "evaluation_id": f"{TOOL}/{card.repository}/{evaluated}",
         "evaluation_timestamp": evaluation.created,
         "retrieved_timestamp": evaluated,
-        "source_metadata": source,
-        "eval_library": library,
+        "source_metadata": {
+            "source_type": "evaluation_run",
+            "source_organization_name": TOOL,
+            "evaluator_relationship": relationship,
+        },
+        "eval_library": {"name": TOOL, "version": str(package_version(TOOL))},
         "model_info": _model(card, evaluation),
         "evaluation_results": results,
     }
@@ -107,13 +118,13 @@ def _model(card: Card, evaluation: Evaluation) -> Row:
         "deployment_type": "self_deployed",
         "model_availability": "open_weights",
         "adapter_sha256": card.adapter_sha256,
+        "recipe": card.result.run.origin,
         "config": yamlfiles.write_yaml(card.config),
     }
-    engine = {"name": evaluation.settings.engine}
     return {
         "name": card.repository,
         "id": card.repository,
-        "inference_engine": engine,
+        "inference_engine": {"name": evaluation.settings.engine},
         "additional_details": details,
     }
 
@@ -123,7 +134,6 @@ def _result(card: Card, evaluation: Evaluation, column: Column, score: ScoreReco
     metric = column.metric
     low = "-Infinity" if math.isinf(metric.low) else metric.low
     high = "Infinity" if metric.high is None else metric.high
-    scored: Row = {"score": score.value, "uncertainty": _uncertainty(evaluation, score)}
     definition = {
         "evaluation_description": column.meaning,
         "metric_id": column.name,
@@ -137,11 +147,12 @@ def _result(card: Card, evaluation: Evaluation, column: Column, score: ScoreReco
         "evaluation_name": dataset,
         "source_data": {"source_type": "other", "dataset_name": dataset},
         "metric_config": definition,
-        "score_details": scored,
+        "score_details": {
+            "score": score.value,
+            "uncertainty": _uncertainty(evaluation, score),
+            "details": _details(card, column, score),
+        },
     }
-    details = _details(card, column, score)
-    if details:
-        scored["details"] = details
     if score.benchmark is None and evaluation.settings.rows:
         result["generation_config"] = _generation(evaluation)
     return result
@@ -180,3 +191,82 @@ def _generation(evaluation: Evaluation) -> Row:
         arguments |= decoding.model_dump(include={"temperature", "top_p", "top_k"})
     details = {"num_beams": str(decoding.num_beams), "dtype": evaluation.settings.dtype}
     return {"generation_args": arguments, "additional_details": details}
+
+
+def _at(*keys: str) -> Any:
+    """Field with the value at the first of some dotted keys that a record has."""
+    return Field(None, validation_alias=AliasChoices(*(AliasPath(*key.split(".")) for key in keys)))
+
+
+class PublicScore(BaseModel, validate_default=True):
+    """Score in a public record, by this tool or another.
+
+    Attributes:
+        model: name in an Every Eval Ever record; other files are the model's own.
+        on: data set, benchmark or scored rows.
+        score: the score; in a model card also a text, such as 20.0 ± 1.2.
+        uncertainty: interval, standard error and rows, in the form of Every Eval Ever.
+        conditions: settings of the measurement, in the form of the record.
+        recipe: recipe of the run; only this tool records it.
+        published: score published for the recipe, if the record compares with it.
+    """
+
+    model: str | None = _at("model_info.id")
+    metric: str = _at("metric_config.metric_id", "evaluation_name", "metric_type", "dataset.task_id")
+    on: str = _at("source_data.dataset_name", "dataset_name", "dataset.id")
+    score: float | str = _at("score_details.score", "metric_value", "value")
+    uncertainty: Row | None = _at("score_details.uncertainty")
+    conditions: Row | str | None = _at("score_details.details.conditions", "generation_config", "notes", "dataset_args")
+    recipe: str | None = _at("model_info.additional_details.recipe")
+    published: str | None = _at("score_details.details.published")
+
+    def verdict_in(self, study: Study) -> str | None:
+        """Our verdict, if the record has conditions and states the published score of its recipe."""
+        published = study.aimed_at(self.recipe or "").scores.get(self.metric)
+        if not self.conditions or published is None or str(published) != self.published:
+            return None
+        bounds = value_at(self.uncertainty, "confidence_interval")
+        interval = None
+        if bounds:
+            interval = Interval(bounds["lower"], bounds["upper"])
+        return verdict.verdict(float(self.score), interval, published, study.tolerances.get(self.metric))
+
+
+def read(file: Path, study: Study) -> list[Row]:
+    """Scores in an Every Eval Ever record (.json), a model card (.md) or a file of `.eval_results`, with our verdicts.
+
+    Raises:
+        UserError: the file cannot be read, or has another form.
+    """
+    scores = []
+    try:
+        for row in _rows(file):
+            score = PublicScore.model_validate(row)
+            scores.append({"file": str(file), **score.model_dump(), "verdict": score.verdict_in(study)})
+    except (LookupError, TypeError, ValueError):
+        problem = "neither an Every Eval Ever record, a model card with `model-index`, nor a file of `.eval_results`"
+        raise UserError(problem, file=file) from None
+    return scores
+
+
+def _rows(file: Path) -> list[Row]:
+    """Scores in a file, with the facts about all of them."""
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    text = yamlfiles.read_text(file)
+    if file.suffix == ".json":
+        record = parse_json(text.encode())
+        return [record | result for result in record["evaluation_results"]]
+    if file.suffix != ".md":
+        return yamlfiles.parse(text, file)
+    front = yamlfiles.parse(text.split("---\n")[1], file)
+    _, results = model_index_to_eval_results(front["model-index"])
+    return [*map(vars, results)]
+
+
+def show(study: Study, files: Sequence[str], json: bool) -> None:
+    """Print the scores in public records of a study."""
+    rows = []
+    for file in files:
+        rows += read(Path(file), study)
+    tables.show(json, rows, [tables.Table(rows, "Public records", below=["file", "uncertainty", "conditions"])])

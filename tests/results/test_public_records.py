@@ -22,7 +22,7 @@ from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.files import sha256
 from qlora_recipes.evaluate import scores_file
 from qlora_recipes.metrics.metric import Benchmark, ScoreRecord
-from qlora_recipes.results import public_records, publish
+from qlora_recipes.results import card, public_records, publish
 from qlora_recipes.results.card import Card
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
@@ -129,6 +129,98 @@ def test_a_record_has_intervals_rows_decoding_verdict_and_config(run, tmp_path):
     uncertainty = results["gsm8k"]["score_details"]["uncertainty"]
     assert (uncertainty["num_samples"], uncertainty["standard_error"]) == (1319, {"value": 1.3})
     assert results["gsm8k"]["score_details"]["details"] == {"conditions": NOTES}
+
+
+def verdict_on_first(file: Path) -> str | None:
+    return public_records.read(file, run_folders.STUDY)[0]["verdict"]
+
+
+def test_what_was_published_is_read_back(run, recipe):
+    file, record = record_of(run)
+    entries, page = run.output / public_records.EVAL_RESULTS, run.output / "README.md"
+    page.write_text(card.card(card_of(run).result, False, MODEL))
+    shown = recipe.json("results", "haider2024", file, entries, page)
+    name, on = "haider2024/llama-3-8b", card_of(run).scored_on
+    fields = ("file", "model", "metric", "on", "score", "recipe", "published", "verdict")
+    assert [tuple(row[field] for field in fields) for row in shown] == [
+        (str(file), MODEL, "bleu4", on, 5.125, name, "5.27", "within the interval"),
+        (str(file), MODEL, "eval_loss", on, 1.25, name, None, None),
+        (str(file), MODEL, "gsm8k", "gsm8k", 61.234567, name, None, None),
+        (str(file), MODEL, "hellaswag", "hellaswag", 61.234567, name, None, None),
+        (str(entries), None, "gsm8k", "openai/gsm8k", 61.2346, None, None, None),
+        (str(page), None, "bleu", on, 5.125, None, None, None),
+        (str(page), None, "loss", on, 1.25, None, None, None),
+        (str(page), None, "accuracy", "hellaswag", 61.2346, None, None, None),
+    ]
+    results = record["evaluation_results"]
+    nothing = [None] * 4
+    assert [row["uncertainty"] for row in shown] == [row["score_details"]["uncertainty"] for row in results] + nothing
+    decoding = results[0]["generation_config"]
+    conditions = [decoding, decoding, NOTES, NOTES.replace("gsm8k", "hellaswag"), NOTES, None, None, None]
+    assert [row["conditions"] for row in shown] == conditions
+
+
+@pytest.mark.parametrize(
+    ("changed", "value"),
+    [
+        (("model_info", "additional_details", "recipe"), "haider2024/llama-2-7b"),  # has another published score
+        (("evaluation_results", 0, "generation_config"), {}),  # without conditions
+        (("evaluation_results", 0, "score_details", "details"), {}),  # not compared by its author
+    ],
+)
+def test_a_record_without_conditions_or_recipe_has_no_verdict(run, changed, value):
+    file, record = record_of(run)
+    assert verdict_on_first(file) == "within the interval"
+    *keys, last = changed
+    place = record
+    for key in keys:
+        place = place[key]
+    place[last] = value
+    file.write_bytes(orjson.dumps(record))
+    assert verdict_on_first(file) is None
+
+
+def test_a_score_is_judged_by_its_interval_whatever_verdict_its_record_states(run):
+    file, record = record_of(run)
+    record["evaluation_results"][0]["score_details"]["score"] = 4.0
+    record["evaluation_results"][0]["score_details"]["uncertainty"]["confidence_interval"] |= {"lower": 3, "upper": 4.5}
+    file.write_bytes(orjson.dumps(record))
+    assert verdict_on_first(file) == "off"
+
+
+def record_text(uncertainty: dict[str, Any]) -> str:
+    """Record of a score with a published one."""
+    model = {"id": MODEL, "additional_details": {"recipe": "haider2024/llama-3-8b"}}
+    details = {"conditions": "any", "published": "5.27"}
+    result = {
+        "evaluation_name": "bleu4",
+        "source_data": {"dataset_name": "d"},
+        "score_details": {"score": 5.1, "uncertainty": uncertainty, "details": details},
+    }
+    return json.dumps({"model_info": model, "evaluation_results": [result]})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("record.json", "[]"),
+        ("record.json", '{"model_info": {"id": "m"}}'),
+        ("record.json", "{"),
+        ("record.json", record_text({"confidence_interval": {"lower": 4.9}})),
+        ("record.json", record_text({"confidence_interval": {"lower": "4.9", "upper": "5.3"}})),
+        ("README.md", "# A model"),
+        ("README.md", "---\nlicense: mit\n---\n"),
+        ("scores.yaml", "- value: 1"),
+        ("scores.yaml", "1"),
+    ],
+)
+def test_a_file_of_another_form_is_refused(tmp_path, name, text):
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(UserError) as raised:
+        public_records.read(file, run_folders.STUDY)
+    problem = "neither an Every Eval Ever record, a model card with `model-index`, nor a file of `.eval_results`"
+    assert str(raised.value) == f"{file}: {problem}"
 
 
 def test_every_eval_evers_validator_accepts_a_record(run):
