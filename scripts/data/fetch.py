@@ -1,7 +1,4 @@
-"""Download and verify the published files of a data set.
-
-Interrupted downloads are resumed.
-"""
+"""Download and verify the published files of a data set."""
 
 import shutil
 import tempfile
@@ -11,7 +8,6 @@ import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from urllib.parse import urljoin, urlsplit
 
@@ -19,9 +15,8 @@ import orjson
 import requests
 
 from ..base.errors import UserError, WorkFailed, one_line
-from ..base.files import Row, naming, read_json, sha256, write_json
+from ..base.files import Row, naming, sha256
 from ..base.processes import held
-from ..base.secrets import without_secrets
 from ..base.terminal import Bar, say
 from .declaration import Data, DataSource, SourceFile
 
@@ -40,9 +35,9 @@ class Rejected(Exception):
 def fetch(data: Data, out: Path, wanted: Collection[str]) -> list[Row]:
     """Fetch missing files of a data set; existing files are verified, and never replaced.
 
-    The next call resumes an interrupted download from <file>.part, or from the hub's cache. A download from a web
-    URL is renamed to <file>.rejected if it is damaged or contradicts study.yaml. The files of a source move into
-    place only after all of them are verified.
+    The next call resumes an interrupted download from <file>.part if a checksum verifies it (see `_received`), or
+    from the hub's cache. A download from a web URL is renamed to <file>.rejected if it is damaged or contradicts
+    study.yaml. The files of a source move into place only after all of them are verified.
 
     Args:
         data: the study's data, with the sources.
@@ -99,9 +94,7 @@ def _fetch_source(name: str, data: Data, out: Path, by_hand: str) -> list[Row]:
             for file in missing:
                 (out / file).parent.mkdir(parents=True, exist_ok=True)
                 files[file].replace(out / file)
-    part = out / f"{name}.part"
-    part.unlink(missing_ok=True)
-    _version_file(part).unlink(missing_ok=True)
+    (out / f"{name}.part").unlink(missing_ok=True)
     rows = [_row(file, out / file, facts) for file, facts in contents.items()]
     for row in rows:
         if row["verified"] is False and not source.is_own:
@@ -136,7 +129,6 @@ def _verified_files(name: str, data: Data, out: Path, staging: Path, by_hand: st
         remedy = ""
         if part.exists():
             remedy = f"moved to {part.replace(part.with_suffix('.rejected'))}; the next fetch starts over"
-            _version_file(part).unlink(missing_ok=True)
         raise UserError(str(error), file=part, remedy=remedy) from None
     except (UserError, WorkFailed) as error:
         raise type(error)(f"{error}; {by_hand}") from None
@@ -146,7 +138,7 @@ def _download_source(name: str, source: DataSource, part: Path, staging: Path) -
     """Download a source; return the paths of its files, in `staging` or `part`."""
     if source.url:
         file = part
-        download(source.url, part, 2 * source.bytes if source.bytes else MOST_BYTES)
+        download(source, source.url, part)
     else:
         file = staging / "copy"
         with _hub_errors(str(source.hub)):
@@ -200,89 +192,48 @@ def _require_size(name: str, size: int, most: int) -> None:
         raise Rejected(f"{name} is larger than {most:,} bytes; if that is right, declare its `bytes` in study.yaml")
 
 
-@dataclass(frozen=True)
-class _Partial:
-    """Partial download.
+def _received(source: DataSource, part: Path) -> int:
+    """Number of bytes of an interrupted download that need not be downloaded again.
 
-    Attributes:
-        version: ETag or date of the file on the server; empty if nothing is downloaded.
-        total: size of the file on the server; 0 if unknown.
-        size: number of bytes downloaded so far.
+    Without a checksum, parts of different files on the server could pass for one. Each member of a zip has a checksum.
     """
-
-    version: str = ""
-    total: int = 0
-    size: int = 0
-
-    @property
-    def is_complete(self) -> bool:
-        """True if all bytes are downloaded."""
-        return 0 < self.size == self.total
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Headers of a request for the missing bytes."""
-        headers = {"Accept-Encoding": "identity"}  # without compression, lengths and ranges count bytes of the file
-        if self.size:
-            headers |= {"Range": f"bytes={self.size}-", "If-Range": self.version}
-        return headers
-
-    def is_outdated(self, response: requests.Response) -> bool:
-        """True if a response shows that the file on the server has changed."""
-        if response.status_code != 206:
-            return response.status_code == 416
-        if not self.size or not response.headers.get("Content-Range", "").startswith(f"bytes {self.size}-"):
-            return True
-        return _version_of(response) not in (None, self.version)
+    if part.exists() and (source.sha256 or source.files):
+        return part.stat().st_size
+    return 0
 
 
-def _partial(part: Path, url: str) -> _Partial:
-    """Partial download in a file; an empty one without a version, or of another URL."""
-    record = read_json(_version_file(part))
-    version, total = record.get("version"), record.get("bytes")
-    if record.get("url") != without_secrets(url) or not part.exists():
-        return _Partial()
-    if not (version and isinstance(version, str) and isinstance(total, int)):
-        return _Partial()
-    return _Partial(version, total, part.stat().st_size)
-
-
-def _version_file(part: Path) -> Path:
-    """File with the URL and version of a partial download."""
-    return part.with_name(f"{part.name}.json")
-
-
-def download(url: str, part: Path, most: int) -> None:
-    """Download a file of at most `most` bytes; resume an interrupted download of the same version.
+def download(source: DataSource, url: str, part: Path) -> None:
+    """Download a source from its URL; resume an interrupted download if possible.
 
     Raises:
-        Rejected: the file is larger.
+        Rejected: the file is larger than declared.
         UserError: the URL is invalid, or the server refuses.
         WorkFailed: the server cannot be reached or fails, or the connection breaks too often.
     """
     part.parent.mkdir(parents=True, exist_ok=True)
+    most = 2 * source.bytes if source.bytes else MOST_BYTES
     with Bar(f"{part.stem}, MiB") as bar:
         for pause in (*PAUSES, None):
             try:
-                problem = _receive(url, part, most, bar)
+                problem = _receive(url, part, _received(source, part), most, bar)
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
                 problem = f"the connection failed: {_cause(error)}"
-                if not _version_file(part).exists():  # the server was never reached
+                if not part.exists():  # the server was never reached
                     break
             except requests.RequestException as error:
                 answer = type(error).__name__
                 if error.response is not None:
                     answer = f"{error.response.status_code} {error.response.reason}"
                 raise UserError(answer, key=url) from None
-            except (ValueError, orjson.JSONEncodeError) as error:  # an invalid or huge size, or URL of a redirect
+            except ValueError as error:  # an invalid size, or URL of a redirect
                 raise UserError(f"the server's answer is malformed: {error}", key=url) from None
             if not problem:
                 return
             if pause is not None:
                 say(f"{url}: {problem}; next try in {pause} s")
                 time.sleep(pause)
-    if part.exists() and part.stat().st_size:
-        problem += f"; repeat the command to resume from {part.stat().st_size:,} bytes"
+    if received := _received(source, part):
+        problem += f"; repeat the command to resume from {received:,} bytes"
     raise WorkFailed(f"{url}: {problem}")
 
 
@@ -302,66 +253,37 @@ class _Session(requests.Session):
         return target
 
 
-def _receive(url: str, part: Path, most: int, bar: Bar) -> str:
-    """Append a server's response to a file; return the problem, or "" on success.
+def _receive(url: str, part: Path, start: int, most: int, bar: Bar) -> str:
+    """Write a file from a server, of which `part` has the first `start` bytes; return a problem that can pass, or "".
 
-    The URL and version are recorded beside the file, so that a later call can resume the download.
+    Raises:
+        Rejected: the file is larger than `most` bytes.
+        UserError: the server sends something else.
+        requests.HTTPError: the server refuses.
     """
-    partial = _partial(part, url)
-    if partial.is_complete:
-        return ""
-    with _Session() as session, session.get(url, headers=partial.headers, stream=True, timeout=TIMEOUT) as response:
-        if partial.is_outdated(response):
-            part.unlink(missing_ok=True)
-            return "the file on the server has changed"
-        if problem := _failure(url, response):
-            return problem
-        total = partial.total
-        if response.status_code == 200:
-            if partial.size:
-                say(f"{part}: starting over; the server's file has changed, or the server cannot send parts")
-            total = _start_over(url, part, response)
-        with naming(part), part.open("ab") as stream:
+    headers = {"Accept-Encoding": "identity"}  # without compression, lengths and ranges count bytes of the file
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    with _Session() as session, session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        answer = f"the server answers {response.status_code} {response.reason}"
+        if start and response.status_code == 416:  # nothing is missing
+            return ""
+        if response.status_code == 429 or response.status_code >= 500:
+            return answer
+        response.raise_for_status()
+        mode = "wb"
+        if start and response.status_code == 206:
+            mode = "ab"
+        elif response.status_code != 200:
+            raise UserError(f"{answer} instead of the file", key=url)
+        size = int(response.headers.get("Content-Length", 0))
+        with naming(part), part.open(mode) as stream:
+            total = stream.tell() + size
             for chunk in response.iter_content(CHUNK):
                 stream.write(chunk)
                 _require_size(part.stem, stream.tell(), most)
                 bar.update(stream.tell() >> 20, total >> 20)
-    if total and part.stat().st_size != total:
-        return "the connection was lost"
     return ""
-
-
-def _failure(url: str, response: requests.Response) -> str:
-    """Failure of the server that can pass, or "" if the server sends the file.
-
-    Raises:
-        UserError: the server sends something else.
-        requests.HTTPError: the server refuses.
-    """
-    answer = f"the server answers {response.status_code} {response.reason}"
-    if response.status_code == 429 or response.status_code >= 500:
-        return answer
-    response.raise_for_status()
-    if response.status_code not in (200, 206):
-        raise UserError(f"{answer} instead of the file", key=url)
-    return ""
-
-
-def _start_over(url: str, part: Path, response: requests.Response) -> int:
-    """Delete a partial download, and record the version on the server; return its size, 0 if unknown."""
-    total = int(response.headers.get("Content-Length", 0))
-    part.unlink(missing_ok=True)  # before the new version is recorded
-    version = {"url": without_secrets(url), "version": _version_of(response), "bytes": total}
-    write_json(_version_file(part), version)
-    return total
-
-
-def _version_of(response: requests.Response) -> str | None:
-    """Version of the file on the server: its ETag or date; None if the server sends neither."""
-    etag = response.headers.get("ETag", "")
-    if etag.startswith('"'):  # else a weak ETag, which does not identify the bytes
-        return etag
-    return response.headers.get("Last-Modified")
 
 
 def _cause(error: BaseException) -> str:
