@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from qlora_recipes.check.environment import Line
 from qlora_recipes.config.finding import Level
-from qlora_recipes.evaluate.changes import Changed
+from qlora_recipes.evaluate.scores_file import Changed
 from qlora_recipes.plan.plan import Plan
 from qlora_recipes.results.compare import Divergence
 from qlora_recipes.results.public_records import PublicScore

@@ -83,9 +83,8 @@ def evaluate_command(
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
     from ..config import datafiles
-    from ..evaluate.changes import current
     from ..evaluate.evaluate import EvaluationRequest
-    from ..evaluate.scores_file import Evaluation, Scores
+    from ..evaluate.scores_file import Evaluation, Scores, current
     from ..evaluate.settings import BASE
     from ..results import listing
     from ..run.rundir import RunDir

@@ -127,10 +127,10 @@ def study_new_command(
             print(paths.shown(file))
         suggest("study", "check", name)
         return
-    from ..writing import card_study, migrate
+    from ..writing import migrate, study_yaml
 
     migration = migrate.migrate(migrate.read(from_))
-    for file in card_study.write(name, migration):
+    for file in study_yaml.write(name, migration):
         print(paths.shown(file))
     migrate.report(migration)
     suggest("study", "check", name)
@@ -146,11 +146,11 @@ def study_check_command(
     """Find mistakes in a study. Exit code 2 if there is an error."""
     from ..data import studies
     from ..evaluate import benchmarks
-    from ..writing import study_check as checks
+    from ..writing import study_yaml
 
     study = studies.find(name)
     with Bar(f"checking {study.folder.name}: recipes, data, and Axolotl's validation"):
-        findings = checks.findings(study)
+        findings = study_yaml.findings(study)
     tables.show(json, [finding.as_json() for finding in findings], [], map(str, findings))
     counts = Counter(finding.level for finding in findings)
     if not counts["error"]:

@@ -25,7 +25,6 @@ from ..run.rundir import RunDir, summarise
 from ..training.run_record import FileState, Run, Summary
 from ..training.trackers import add_scores
 from . import benchmarks, evaluation_rows
-from .changes import changed
 from .engines import ENGINES
 from .evaluation_rows import NO_ROWS, NO_SOURCE, EvaluationRows, RowSource, sample_positions
 from .predict import part_file, predict
@@ -47,6 +46,7 @@ from .scores_file import (
     VERSION,
     Evaluation,
     Scores,
+    changed,
     finish_write,
     notes,
     read_predictions,

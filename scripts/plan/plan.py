@@ -1,5 +1,6 @@
 """`recipe plan`: parameters, memory and work of a config, and which GPUs suffice."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
@@ -9,18 +10,19 @@ from ..base.files import free_bytes
 from ..base.hardware import GIB
 from ..base.yamlfiles import Config
 from ..check import check
+from ..config import datafiles
 from ..config.compose import Composed, Request, compose
 from ..config.finding import Finding, Level, override_errors, refuse
 from ..config.gpus import PARALLELISM_KEYS, Gpu, offloads, parallelism_of
 from ..config.merging import merge
-from ..config.training_settings import TrainingSettings
-from . import disk, steps, work
+from ..config.training_settings import KEPT_CHECKPOINTS, TrainingSettings
+from . import steps, work
 from .allocator import Counts, Usage
-from .disk import Checkpoints
 from .step_plan import (
     CONTEXT,
     USABLE,
     Loading,
+    Memory,
     StepPlan,
     bytes_by_parallelism,
     least_capability,
@@ -91,6 +93,21 @@ class PlannedChange:
     effect: str
     needed: float
     fits: bool
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Checkpoints of a training.
+
+    Attributes:
+        size: bytes of one, without its small files; DeepSpeed's and FSDP's are larger.
+        most: the largest number on the disk at a time.
+        least: as `most`, but 1 if the number of saves is unknown.
+    """
+
+    size: int
+    most: int
+    least: int
 
 
 @dataclass
@@ -210,7 +227,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
         memory=peak,
         gpus=fits,
         per_gpu=sizes,
-        checkpoints=disk.checkpoints(config, memory, gpus),
+        checkpoints=checkpoints(config, memory, gpus),
         loading=loading(step_plan, config, gpus),
         notes=notes,
     )
@@ -326,7 +343,7 @@ def _space_findings(config: Config, gpu: Gpu, gpus: int | None, trace: bool) -> 
         yield _unknown("run `recipe plan NAME`")
         return
     yield from _memory_findings(step_plan, config, gpu, gpus or 1)
-    yield from _disk_findings(disk.checkpoints(config, memory, gpus or 1), starts=trace)
+    yield from _disk_findings(checkpoints(config, memory, gpus or 1), starts=trace)
 
 
 def _not_planned(config: Config, gpus: int | None) -> Finding | None:
@@ -340,6 +357,40 @@ def _not_planned(config: Config, gpus: int | None) -> Finding | None:
 
 def _unknown(reason: str, key: str = "micro_batch_size") -> Finding:
     return Finding("note", "not-checked", key, f"memory not planned: {reason}")
+
+
+def checkpoints(config: Config, memory: Memory, gpus: int = 1) -> Checkpoints:
+    """Checkpoints of a config, each with adapter and optimizer state; the oldest is deleted after a save.
+
+    See `_save_checkpoint` in transformers/trainer.py, and `_configure_save_and_eval_strategy` in Axolotl's
+    core/builders/base.py.
+    """
+    parts = memory.usage.parts
+    size = parts.get("adapters", 0)
+    if not config.get("save_only_model"):
+        size += parts.get("optimizer", 0) + memory.paged
+    limit = (config.get("save_total_limit") or KEPT_CHECKPOINTS) + 1
+    saves = _saves(config, gpus)
+    if saves is None:
+        return Checkpoints(size, limit, 1)
+    return Checkpoints(size, min(limit, saves), min(limit, saves))
+
+
+def _saves(config: Config, gpus: int) -> int | None:
+    """Number of checkpoints that a training saves; None if unknown."""
+    settings = TrainingSettings.of(config)
+    if config.get("save_steps"):
+        share = config["save_steps"]
+        if share >= 1:
+            share /= datafiles.training_steps(config, gpus) or math.inf
+        return math.ceil(1 / share) if share else None
+    if config.get("saves_per_epoch"):
+        return max(int(config["saves_per_epoch"] * settings.num_epochs), 1)
+    if config.get("save_strategy") == "no":
+        return 0
+    if config.get("save_strategy") in (None, "epoch") and not settings.max_steps:
+        return math.ceil(settings.num_epochs)
+    return None
 
 
 def _disk_findings(checkpoints: Checkpoints, starts: bool) -> Iterator[Finding]:

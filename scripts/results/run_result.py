@@ -15,9 +15,15 @@ from ..data import manifest, studies
 from ..data.manifest import is_the_studys
 from ..data.published import GridPoint, Published, PublishedScore
 from ..data.studies import Study
-from ..evaluate.changes import Changed, changed, find_evaluation, served_evaluations
 from ..evaluate.score import by_declared_model, columns_of_training
-from ..evaluate.scores_file import Evaluation, read_scores
+from ..evaluate.scores_file import (
+    Changed,
+    Evaluation,
+    changed,
+    find_evaluation,
+    read_scores,
+    served_evaluations,
+)
 from ..evaluate.settings import BASE
 from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord, is_of_trainer, need_predictions
 from ..run.rundir import RunDir

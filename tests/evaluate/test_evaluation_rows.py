@@ -16,10 +16,9 @@ from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.config import datafiles
 from qlora_recipes.evaluate import evaluate, evaluation_rows
-from qlora_recipes.evaluate.changes import changed
 from qlora_recipes.evaluate.evaluate import EvaluationPlan, EvaluationRequest, is_complete, resolve
 from qlora_recipes.evaluate.evaluation_rows import EvaluationRow, sample_positions
-from qlora_recipes.evaluate.scores_file import read_predictions, read_scores
+from qlora_recipes.evaluate.scores_file import changed, read_predictions, read_scores
 from qlora_recipes.results.reports.report_runs import reader, reported_runs
 from qlora_recipes.run.rundir import RunDir
 

@@ -17,8 +17,8 @@ from qlora_recipes.check import check
 from qlora_recipes.commands.plan import _print_plan, _print_plans
 from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request
-from qlora_recipes.plan import allocator, disk, plan, step_plan, steps, work
-from qlora_recipes.plan.disk import Checkpoints
+from qlora_recipes.plan import allocator, plan, step_plan, steps, work
+from qlora_recipes.plan.plan import Checkpoints
 from qlora_recipes.plan.steps import Reference
 from qlora_recipes.plan.work import TokenCount, Work
 
@@ -259,8 +259,8 @@ def test_changes_are_the_mildest_that_do(small):
 def test_checkpoints_on_the_disk(small, change, most, least):
     unset = dict.fromkeys(("saves_per_epoch", "save_steps", "save_strategy", "save_total_limit", "max_steps"))
     memory = step_plan.Memory(allocator.Usage(0, 0, {"adapters": 4, "optimizer": 8}), 16, {}, {})
-    assert disk.checkpoints(small | unset | change, memory) == Checkpoints(28, most, least)
-    assert disk.checkpoints(small | unset | change | {"save_only_model": True}, memory).size == 4
+    assert plan.checkpoints(small | unset | change, memory) == Checkpoints(28, most, least)
+    assert plan.checkpoints(small | unset | change | {"save_only_model": True}, memory).size == 4
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from qlora_recipes.base.processes import now
 from qlora_recipes.config import compose
 from qlora_recipes.config.compose import Request
 from qlora_recipes.evaluate.scores_file import ADAPTER
-from qlora_recipes.plan import disk, step_plan
+from qlora_recipes.plan import plan, step_plan
 from qlora_recipes.run import launch, run, rundir
 from qlora_recipes.run.rundir import RunDir
 
@@ -288,7 +288,7 @@ def test_a_real_run_records_all(undisturbed, tiny_profile):
 
 def test_checkpoints_are_as_large_as_planned(undisturbed):
     memory = step_plan.plan_step(undisturbed.config, None)[0].memory
-    planned = disk.checkpoints(undisturbed.config, memory)
+    planned = plan.checkpoints(undisturbed.config, memory)
     folders = list(undisturbed.output.glob("checkpoint-*"))
     assert len(folders) in (planned.most, planned.most - 1)  # but while one is being saved
     for folder in folders:
