@@ -4,11 +4,14 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+from ..base import yamlfiles
 from ..base.hardware import torch_cuda
 from ..base.processes import package_version
 from ..base.secrets import is_secret, names_secret, without_secrets
+from ..base.yamlfiles import Config
 from ..config import keys, substitution
 from ..config.finding import Level
 from ..config.gpus import deepspeed_of
@@ -107,70 +110,31 @@ def missing_package(case: Case) -> Problems:
     others).
     """
     level: Level = "error" if case.launching else "warning"
-    for package, key in _required_packages(case):
+    packages = _packages()
+    for package, key in _required_packages(case, packages["needs"]):
+        if package.startswith("flash-attn") and package_version("kernels"):
+            continue
         if package_version(package) is None:
-            remedy = f"install it{_FROM.get(package, '')}, or delete {key}"
-            yield level, key, f"the package {package} is not installed", remedy
+            source = packages["sources"].get(package)
+            install = f"install it from {source}" if source else "install it"
+            yield level, key, f"the package {package} is not installed", f"{install}, or delete {key}"
 
 
-def _required_packages(case: Case) -> Iterator[tuple[str, str]]:
-    """Packages that a config needs, each with the key that needs it."""
-    for package, names in _PACKAGES.items():
-        if key := case.first_set(*names):
-            yield package, key
-    for plugin, package in _PLUGIN_NEEDS.items():
-        if plugin in case.plugins:
-            yield package, "plugins"
-    for name, package in _OPTIMIZERS.items():
-        if str(case["optimizer"]).startswith(name):
-            yield package, "optimizer"
-    if "/" in case.attention:
-        yield "kernels", case.attention_key
-    elif case.attention in _ATTENTION_NEEDS:
-        package, kernel = _ATTENTION_NEEDS[case.attention]
-        if not kernel or package_version("kernels") is None:
-            yield package, case.attention_key
+@cache
+def _packages() -> Config:
+    """Content of packages.yaml."""
+    return yamlfiles.read_yaml(Path(__file__).with_name("packages.yaml"))
 
 
-_PACKAGES = {  # keys that need the package
-    "tensorboard": ("use_tensorboard",),
-    "trackio": ("use_trackio", "trackio_project_name"),
-    "mlflow": ("use_mlflow", "mlflow_experiment_name"),
-    "wandb": ("use_wandb", "wandb_project"),
-    "comet-ml": ("use_comet", "comet_project_name"),
-    "swanlab": ("use_swanlab", "swanlab_project"),
-}
-_PLUGIN_NEEDS = {
-    "LigerPlugin": "liger-kernel",
-    "CutCrossEntropyPlugin": "cut-cross-entropy",
-    "DenseMixerPlugin": "densemixer",
-}
-_OPTIMIZERS = {  # by the beginning of the optimizer's name
-    "adalomo": "lomo-optim",
-    "apollo_": "apollo-torch",
-    "came_": "came-pytorch",
-    "flash_": "flashoptim",
-    "galore_": "galore-torch",
-    "grokadamw": "grokadamw",
-    "lomo": "lomo-optim",
-    "optimi_": "torch-optimi",
-    "q_galore_": "q-galore-torch",
-    "scao": "scao",
-    "stable_adamw": "torch-optimi",
-}
-_ATTENTION_NEEDS = {  # package, and the hub's kernel that transformers uses if the package is missing
-    "flash_attention_2": ("flash-attn", "kernels-community/flash-attn2"),
-    "flash_attention_3": ("flash-attn-3", "kernels-community/vllm-flash-attn3"),
-    "flash_attention_4": ("flash-attn-4", "kernels-community/flash-attn4"),
-    "xformers": ("xformers", ""),
-    "sage": ("sageattention", ""),
-    "fp8": ("torchao", ""),
-}
-_FROM = {  # sources of packages that PyPI lacks, or has only in another variant
-    "cut-cross-entropy": " from git+https://github.com/axolotl-ai-cloud/ml-cross-entropy.git@v0.1.1, Axolotl's fork",
-    "flash-attn-3": " from the folder hopper of github.com/Dao-AILab/flash-attention",
-    "sageattention": " from github.com/thu-ml/SageAttention",
-}
+def _required_packages(case: Case, needs: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Packages that a config needs, each with the first key that needs it."""
+    settings = [(key, f"{key}={value}") for key, value in case.config.items() if value]
+    settings += [("plugins", f"plugin={name}") for name in case.plugins]
+    settings.append((case.attention_key, f"attention={case.attention}"))
+    for package, pattern in needs.items():
+        keys_of_package = [key for key, setting in settings if re.fullmatch(pattern, setting)]
+        if keys_of_package:
+            yield package, keys_of_package[0]
 
 
 @rule()

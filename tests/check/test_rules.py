@@ -296,6 +296,7 @@ RIGHT: list[tuple[dict[str, Any], str | None]] = [
         None,
     ),
     ({"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED | {"zero_force_ds_cpu_optimizer": False}}, None),
+    ({"use_comet": False, "plugins": [CCE], "cut_cross_entropy": False}, None),
     ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}}, None),
     ({"test_datasets": None, "evals_per_epoch": None}, None),
     ({"warmup_steps": 27}, None),
