@@ -142,7 +142,6 @@ class EvaluationPlan:
         adapter: state of the adapter's file before generation; None for the base model alone.
         source: source of the rows.
         without_rows: reason to score no rows; None with rows.
-        limit: maximum number of rows, of the data and of each benchmark task.
         positions: positions of the evaluated rows in the data; empty if no metric needs predictions.
         columns: metrics by name.
         settings: settings of the predictions.
@@ -156,11 +155,17 @@ class EvaluationPlan:
     adapter: FileState | None
     source: RowSource
     without_rows: str | None
-    limit: int | None
     positions: list[int]
     columns: dict[str, Column]
     settings: EvaluationSettings
     is_default: bool
+
+    @property
+    def limit(self) -> int | None:
+        """Maximum number of rows, of the data and of each benchmark task."""
+        if self.run.rehearsal and not self.request.limit:
+            return REHEARSED
+        return self.request.limit
 
     @property
     def folder(self) -> Path:
@@ -239,20 +244,11 @@ def resolve(run_dir: RunDir, request: EvaluationRequest) -> EvaluationPlan:
     trust.refuse_code(run_dir, run, request.force, request.adapter or str(run_dir.output.resolve()))
     columns = columns_of(run.origin, request.metrics)
     adapter, adapter_state = _adapter(run_dir, run, request.adapter)
-    source = default = evaluation_rows.default_source(run, cfg)
-    if request.data:
-        source = evaluation_rows.source_of_file(request.data, cfg, Path(run.cwd))
-    without_rows = None
-    try:
-        source = evaluation_rows.require_reference(run_dir, cfg, source)
-    except UserError as error:
-        columns = registry.requested(request.metrics) or columns  # default metrics need answers
-        if request.data or _predicts(columns):
-            raise
-        source, without_rows = NO_SOURCE, str(error)
-    limit = request.limit
-    if run.rehearsal and not limit:
-        limit = REHEARSED
+    default = evaluation_rows.default_source(run, cfg)
+    without_answers = registry.requested(request.metrics) or columns  # default metrics need answers
+    source, without_rows = _source(run_dir, run, request, default, _predicts(without_answers))
+    if without_rows:
+        columns = without_answers
     settings = EvaluationSettings(
         base_model=_base_model(run, cfg),
         adapter=adapter,
@@ -279,12 +275,30 @@ def resolve(run_dir: RunDir, request: EvaluationRequest) -> EvaluationPlan:
         adapter=adapter_state,
         source=source,
         without_rows=without_rows,
-        limit=limit,
         positions=[],
         columns=columns,
         settings=settings,
         is_default=has_default_rows and request.adapter is None and not (request.decoding or settings.file),
     )
+
+
+def _source(
+    run_dir: RunDir, run: Run, request: EvaluationRequest, default: RowSource | None, required: bool
+) -> tuple[RowSource, str | None]:
+    """Source of the rows, and the reason to score none; None with rows.
+
+    Raises:
+        UserError: the rows cannot be scored, but are requested or required.
+    """
+    source = default
+    if request.data:
+        source = evaluation_rows.source_of_file(request.data, run_dir.config, Path(run.cwd))
+    try:
+        return evaluation_rows.require_reference(run_dir, run_dir.config, source), None
+    except UserError as error:
+        if request.data or required:
+            raise
+        return NO_SOURCE, str(error)
 
 
 def _predicts(columns: Mapping[str, Column]) -> bool:

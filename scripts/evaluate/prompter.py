@@ -66,8 +66,15 @@ class Prompter:
 
     @property
     def longest(self) -> int:
-        """Maximum number of tokens in a prompt; longer prompts are truncated."""
-        return int(self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens)
+        """Maximum number of tokens in a prompt; longer prompts are truncated.
+
+        Raises:
+            UserError: the context is too short.
+        """
+        longest = int(self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens)
+        if longest < 1:
+            raise UserError("--max-new-tokens: leaves no room for a prompt in the model's context; give fewer tokens")
+        return longest
 
     @cached_property
     def ends(self) -> list[int]:
@@ -110,8 +117,6 @@ class Prompter:
     def _examples(self, ref: DatasetRef, rows: Sequence[Row]) -> list[Example]:
         """Examples of one data set; a missing answer or prompt is empty."""
         longest = self.longest
-        if longest < 1:
-            raise UserError("--max-new-tokens: leaves no room for a prompt in the model's context; give fewer tokens")
         data = self.settings.data
         cfg = DictDefault({**self.trained, "train_on_inputs": False})  # DictDefault's | would keep existing values
         dataset = DictDefault({**cfg[ref.section][ref.index], **LOSS_ON_ANSWERS})
