@@ -405,6 +405,17 @@ def simpo_terms(case: Case) -> Problems:
 
 
 @rule()
+def answers_cut_away(case: Case) -> Problems:
+    """TRL 1.14 cuts answers to max_length minus the longer answer's length (tokenize_row in CPO's and ORPO's trainers).
+
+    Axolotl cuts them to sequence_len, without BOS and EOS: each of these pairs exceeds TRL's max_length (seen).
+    """
+    if case["rl"] in ("simpo", "orpo") and case["excess_length_strategy"] == "truncate":
+        problem = "TRL leaves of a truncated pair's answers fewer tokens than its prompt has"
+        yield "warning", "excess_length_strategy", problem, "set it to drop"
+
+
+@rule()
 def ignored_adapter(case: Case) -> Problems:
     """TRL gets only the adapter's settings: training begins with a new adapter (loaders/model.py, _build_adapters)."""
     if case["rl"] in ("dpo", "ipo", "kto") and case["lora_model_dir"]:

@@ -32,16 +32,16 @@ from transformers.initialization import no_init_weights
 from ..training.losses import chunked_loss
 from .allocator import MIB, Counts, MemoryTrace, Shape, lasting, ordered
 from .cuda import Recorder, cuda_attention, cuda_dropout, cuda_softmax
-from .steps import Reference, Step
+from .steps import PairLoss, Step
 
 
 @contextmanager
-def _fake(step: Step, reference: Reference | None = None) -> Iterator[None]:
+def _fake(step: Step, pair_loss: PairLoss | None = None) -> Iterator[None]:
     """Run the block on fake CPU tensors that behave like GPU tensors."""
     with ExitStack() as stack:
         for context in (*_torch_contexts(), *_bitsandbytes_patches(), *_model_patches(step)):
             stack.enter_context(context)
-        if reference and step.capability:
+        if pair_loss and step.capability:
             for context in _pair_patches():
                 stack.enter_context(context)
         yield
@@ -106,12 +106,12 @@ def _pair_patches() -> list[AbstractContextManager[Any]]:
     ]
 
 
-def _build(step: Step, recorder: Recorder, reference: Reference | None = None) -> Any:
+def _build(step: Step, recorder: Recorder, pair_loss: PairLoss | None = None) -> Any:
     """Make the model of fake tensors, and record its storages by kind."""
     model = _loaded(step, recorder)
     with recorder:
         model = _trainable(step, model)
-        if reference and step.is_quantized:
+        if pair_loss and pair_loss.rl == "dpo" and step.is_quantized:
             _cast_adapters(model)
     model.train()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -351,43 +351,69 @@ class _AllAnswers(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class _PairsTrainer(SimpleNamespace):
-    """The attributes of TRL's DPO trainer that its loss reads, as Axolotl sets them."""
+def _pairs_trainer(step: Step, model: Any, loss: PairLoss, recorder: Recorder) -> Any:
+    """TRL's trainer of a loss on pairs, with the attributes that its loss reads, as Axolotl sets them."""
+    from trl import DPOTrainer
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
 
-    def __init__(self, step: Step, model: Any, reference: Reference, recorder: Recorder):
-        model.forward = _forward(step, model)
-        super().__init__(
-            model=model,
-            ref_model=_reference_model(step, recorder) if reference.is_model else None,
-            precompute_ref_logps=reference.is_precomputed,
-            accelerator=SimpleNamespace(device="cpu", unwrap_model=_same, gather=_same, gather_for_metrics=_same),
-            args=SimpleNamespace(gradient_checkpointing_kwargs={"use_reentrant": step.checkpointing == "reentrant"}),
-            beta=0.1,
-            loss_types=["sigmoid"],
-            loss_weights=[1.0],
-            label_smoothing=0.0,
-            f_divergence_type="reverse_kl",
-            ld_alpha=None,
-            use_weighting=False,
-            use_liger_kernel=False,
-            aux_loss_enabled=False,
-            _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
-            _total_train_tokens=0,
-            _tp_size=1,
-        )
+    trainer: Any = object.__new__({"dpo": DPOTrainer, "simpo": CPOTrainer, "orpo": ORPOTrainer}[loss.rl])
+    model.forward = _forward(step, model)
+    vars(trainer).update(
+        model=model,
+        ref_model=_reference_model(step, recorder) if loss.has_second_model else None,
+        precompute_ref_logps=loss.is_precomputed,
+        accelerator=SimpleNamespace(device="cpu", unwrap_model=_same, gather=_same, gather_for_metrics=_same),
+        args=SimpleNamespace(
+            device="cpu", gradient_checkpointing_kwargs={"use_reentrant": step.checkpointing == "reentrant"}
+        ),
+        beta=0.1,
+        loss_types=["sigmoid"],
+        loss_weights=[1.0],
+        label_smoothing=0.0,
+        f_divergence_type="reverse_kl",
+        ld_alpha=None,
+        use_weighting=False,
+        use_liger_kernel=False,
+        aux_loss_enabled=False,
+        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+        # SimPO's and ORPO's
+        _peft_has_been_casted_to_bf16=False,
+        _stored_metrics={"train": defaultdict(list)},
+        alpha=0.0,
+        loss_type="simpo",
+        simpo_gamma=0.5,
+        cpo_alpha=float(loss.learns_chosen),
+        is_encoder_decoder=False,
+        pad_token_id=0,
+        padding_value=0,
+    )
+    return trainer
 
-    def batch(self, _: Step, model: Any, shape: Shape) -> Batch:
-        """Loss of a batch of pairs; a pair has two rows."""
-        from trl import DPOTrainer
 
-        inputs = {"input_ids": torch.zeros(shape, dtype=torch.long)}
-        for name in ("attention_mask", "completion_mask"):
+def _pair_inputs(loss: PairLoss, shape: Shape) -> dict[str, torch.Tensor]:
+    """Batch of pairs as the trainer passes it to its loss; a pair has two rows."""
+    pairs = shape[0] // 2
+    inputs = {}
+    if loss.rl == "dpo":
+        for name in ("input_ids", "attention_mask", "completion_mask"):
             inputs[name] = torch.ones(shape, dtype=torch.long)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            inputs[name] = torch.zeros(shape[0] // 2)
-        trainer: Any = self
-        with _AllAnswers():
-            return DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False), None
+            inputs[name] = torch.zeros(pairs)
+        return inputs
+    for answer in ("chosen", "rejected"):
+        for name in ("input_ids", "attention_mask", "labels"):
+            inputs[f"{answer}_{name}"] = torch.ones((pairs, shape[1]), dtype=torch.long)
+    return inputs
+
+
+def _pair_rows(trainer: Any, loss: PairLoss, _: Step, model: Any, shape: Shape) -> Batch:
+    """Loss of a batch of pairs."""
+    inputs = _pair_inputs(loss, shape)
+    with _AllAnswers():
+        return trainer.compute_loss(model, inputs), None
 
 
 def _same(value: Any) -> Any:
@@ -437,19 +463,19 @@ def _run(
     model.zero_grad()
 
 
-def trace(step: Step, shape: Shape, evaluation: Shape | None = None, reference: Reference | None = None) -> MemoryTrace:
+def trace(step: Step, shape: Shape, evaluation: Shape | None = None, pair_loss: PairLoss | None = None) -> MemoryTrace:
     """Trace the memory of a step with one micro batch shape, and of an evaluation if its shape is given.
 
-    With a reference, the rows are the answers of preference pairs.
+    With a loss on pairs, the rows are the answers of preference pairs.
     """
     recorder = Recorder(cuda=step.capability is not None)
     gc.disable()  # so that every trace frees reference cycles at the same points
     gc.freeze()  # so that gc.collect() skips older objects
     try:
-        with _fake(step, reference):
-            model, batch = _build(step, recorder, reference), _rows
-            if reference:
-                batch = _PairsTrainer(step, model, reference, recorder).batch
+        with _fake(step, pair_loss):
+            model, batch = _build(step, recorder, pair_loss), _rows
+            if pair_loss:
+                batch = partial(_pair_rows, _pairs_trainer(step, model, pair_loss, recorder), pair_loss)
             parameters = _count(model)
             sizes = _sizes(model.config.get_text_config())
             if step.capability:

@@ -271,7 +271,7 @@ def _reductions(config: Config, step_plan: StepPlan, gpu: Gpu, gpus: int) -> Ite
         yield {key: limit for key, limit in limits.items() if config.get(key)}, "evaluation batches as in training"
     if not step.checkpointing:
         yield {"gradient_checkpointing": True}, "the same gradients, a third more time"
-    has_other_loss = step_plan.reference or any(map(config.get, steps.LOSSES))
+    has_other_loss = step_plan.pair_loss or any(map(config.get, steps.LOSSES))
     if gpu.capability >= (8, 0) and not has_other_loss:  # Triton requires capability 8.0
         yield {"chunked_cross_entropy": True}, "the same loss, computed on an eighth of the tokens at a time"
     if _can_page_optimizer(config):

@@ -24,7 +24,7 @@ from ..config.numerics import attention, precision
 from ..config.training_settings import TrainingSettings
 from . import allocator, steps
 from .allocator import Counts, Shape, Usage, rounded
-from .steps import Reference, Step
+from .steps import PairLoss, Step
 
 VERSION = 3
 """Version of the built-in and cached figures; raise it when the computation changes."""
@@ -82,14 +82,14 @@ class StepPlan:
         rows: rows per micro batch; a preference pair has two.
         length: maximum number of tokens per row.
         evaluation: rows and tokens per row of an evaluation batch, if it can need more memory than a micro batch.
-        reference: the reference of preference pairs.
+        pair_loss: the loss on preference pairs.
     """
 
     step: Step
     rows: int
     length: int
     evaluation: Shape | None = None
-    reference: Reference | None = None
+    pair_loss: PairLoss | None = None
 
     @property
     def shape(self) -> Shape:
@@ -102,8 +102,8 @@ class StepPlan:
     def key(self) -> str:
         """Hash of the step, its shapes, package versions and `VERSION`."""
         optional: list[Any] = [self.evaluation] if self.evaluation else []
-        if self.reference:
-            optional.append(asdict(self.reference))
+        if self.pair_loss:
+            optional.append(asdict(self.pair_loss))
         return digest([VERSION, packages(), asdict(self.step), self.shape, *optional])[:24]
 
     @property
@@ -157,7 +157,7 @@ class StepPlan:
 
             logging.disable(logging.CRITICAL)  # otherwise torch logs a traceback
             try:
-                traced = trace(self.step, self.shape, self.evaluation, self.reference)
+                traced = trace(self.step, self.shape, self.evaluation, self.pair_loss)
             except Exception as error:  # the trace runs model code, which can raise anything
                 problem = shorten(with_type(error), 200)
                 raise UserError(f"this model and adapter cannot be planned: {problem}") from None
@@ -174,11 +174,11 @@ def plan_step(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[S
     """
     capability = gpu.capability if gpu else least_capability(config)
     step, notes = steps.step_of(config, models.architecture(config, download), capability)
-    settings, reference = TrainingSettings.of(config), Reference.of(config)
+    settings, pair_loss = TrainingSettings.of(config), PairLoss.of(config)
     rows, evaluation = settings.micro_batch_size, _evaluation(config, settings)
-    if reference:
+    if pair_loss:
         rows *= 2
-    return StepPlan(step, rows, settings.sequence_len, evaluation, reference), notes
+    return StepPlan(step, rows, settings.sequence_len, evaluation, pair_loss), notes
 
 
 def _evaluation(config: Config, settings: TrainingSettings) -> Shape | None:

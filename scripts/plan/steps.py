@@ -28,23 +28,37 @@ _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embeddi
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Origin of the reference's log-probabilities in a step on preference pairs.
+class PairLoss:
+    """Loss of a step on preference pairs.
 
     Attributes:
-        is_model: a second model is loaded for it, in full fine-tuning; otherwise the adapter is switched off.
-        is_precomputed: they are computed before the training.
+        rl: dpo (also for ipo, which needs the same memory), simpo or orpo.
+        has_second_model: DPO's reference is a second model, in full fine-tuning; otherwise the adapter is switched off.
+        is_precomputed: the reference's log-probabilities are computed before the training.
+        learns_chosen: SimPO's loss has a term for the likelihood of chosen answers, as by default in TRL.
     """
 
-    is_model: bool
-    is_precomputed: bool
+    rl: str
+    has_second_model: bool = False
+    is_precomputed: bool = False
+    learns_chosen: bool = False
 
     @classmethod
-    def of(cls, config: Config) -> "Reference | None":
-        """Reference of a config (setup_reference_model in axolotl/train.py); None without preference pairs."""
-        if not config.get("rl"):
+    def of(cls, config: Config) -> "PairLoss | None":
+        """Loss of a config (setup_reference_model in axolotl/train.py); None without preference pairs."""
+        rl = config.get("rl")
+        if not rl:
             return None
-        return cls(not config.get("adapter"), bool(config.get("precompute_ref_log_probs")))
+        if rl == "orpo":
+            return cls(rl)
+        if rl == "simpo":
+            return cls(rl, learns_chosen=config.get("cpo_alpha") != 0)
+        return cls("dpo", not config.get("adapter"), bool(config.get("precompute_ref_log_probs")))
+
+    @property
+    def has_reference_pass(self) -> bool:
+        """True if each step computes the reference's log-probabilities."""
+        return self.rl == "dpo" and not self.is_precomputed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,8 +222,8 @@ def _refuse_unplannable(config: Config, settings: TrainingSettings, architecture
         raise UserError(f"adapter: {settings.adapter} cannot be planned; plans support lora, qlora or no adapter")
     if "quantization_config" in architecture:
         raise UserError("base_model: an already quantized model cannot be planned")
-    if config.get("rl") not in (None, "dpo", "ipo"):
-        raise UserError(f"rl: {config['rl']} cannot be planned; plans support dpo and ipo")
+    if config.get("rl") not in (None, "dpo", "ipo", "simpo", "orpo"):
+        raise UserError(f"rl: {config['rl']} cannot be planned; plans support dpo, ipo, simpo and orpo")
 
 
 def _substitutions(step: Step, config: Config) -> Iterator[str]:

@@ -131,7 +131,7 @@ def work(composed: Composed, step_plan: StepPlan, gpu: Gpu | None, gpus: int, le
         lengths: counts of rows and tokens; without them every row counts at full length.
     """
     settings = TrainingSettings.of(composed.config)
-    answers = 2 if step_plan.reference else 1
+    answers = 2 if step_plan.pair_loss else 1
     lengths = lengths or _full(composed, answers * settings.sequence_len)
     tokens, origin = _tokens_of_training(settings, lengths, gpus)
     if lengths is None:
@@ -190,11 +190,11 @@ def flops_of_token(step_plan: StepPlan, length: int) -> float:
     Each weight costs 2 operations forward, 2 for the input gradient and, if trained, 2 for the weight gradient. LoRA
     weights are trained. The output head counts; the embedding does not. In each layer, attention costs 4 * width *
     length / 2 forward (a token sees half the row on average), and twice as much backward. Checkpointing repeats the
-    forward pass, and the reference of preference pairs has one of its own, unless it is precomputed.
+    forward pass, and DPO's reference has one of its own, unless it is precomputed.
     """
     step, sizes, parameters = step_plan.step, step_plan.memory.sizes, step_plan.memory.parameters
     forward = 2 if step.checkpointing else 1  # number of forward passes
-    if step_plan.reference and not step_plan.reference.is_precomputed:
+    if step_plan.pair_loss and step_plan.pair_loss.has_reference_pass:
         forward += 1
     operations = 0.0
     for kind, count in parameters.items():

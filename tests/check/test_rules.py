@@ -99,6 +99,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     (DPO | {"rl_beta": None}, "note no-preference:rl_beta"),
     (SIMPO | {"simpo_gamma": None}, "error simpo-terms:simpo_gamma"),
     (SIMPO | {"cpo_alpha": None}, "warning simpo-terms:cpo_alpha"),
+    (SIMPO | {"excess_length_strategy": "truncate"}, "warning answers-cut-away:excess_length_strategy"),
     (DPO | {"lora_model_dir": "ds.json"}, "error ignored-adapter:lora_model_dir"),
     (DPO | {"lora_dropout": 0.05}, "warning dropout-without-effect:lora_dropout"),
     (DPO | {"learning_rate": 1e-6}, "warning rounded-steps:learning_rate"),

@@ -213,6 +213,8 @@ PAIRS = {  # changes of a training on pairs
     "precomputed": {"precompute_ref_log_probs": True},
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "adapters in fp32": {"adapter": "lora", "load_in_4bit": None},
+    "SimPO": {"rl": "simpo", "simpo_gamma": 0.5, "cpo_alpha": 0},
+    "ORPO": {"rl": "orpo"},
     "second model": {"adapter": None, "load_in_4bit": None, "optimizer": "adamw_torch"},
 }
 
@@ -220,18 +222,22 @@ PAIRS = {  # changes of a training on pairs
 @pytest.mark.long
 def test_real_trainings_on_pairs_allocate_what_is_planned(tmp_path, tiny):
     pairs, model = tmp_path / "pairs.jsonl", tmp_path / "model"
-    write_rows(pairs, [{"prompt": "a", "chosen": "It is so. " * 200, "rejected": "It is not. " * 9}] * 13)
+    chosen = " so" * 317  # 320 tokens with prompt, BOS and EOS
+    write_rows(pairs, [{"prompt": "a", "chosen": chosen, "rejected": " not" * 9}] * 13)
     base = change_of("llama", "sdpa", False, 1, tiny, pairs, model)
     base |= {"rl": "dpo", "rl_beta": 0.1, "eval_sequence_len": None, "gradient_accumulation_steps": 1}
+    base |= {"excess_length_strategy": "drop"}
     for section in ("datasets", "test_datasets"):
         base[section] = [{"path": str(pairs), "type": "passthrough", "split": "train"}]
     changes = {name: base | change for name, change in PAIRS.items()}
+    as_they_are = [{"path": str(pairs), "split": "train"}]  # no type: ORPO's types need chats
+    changes["ORPO"] |= {"datasets": as_they_are, "test_datasets": as_they_are}
     (tmp_path / "runs").mkdir()
     for name, real in measured(tmp_path / "runs", changes).items():
         config = config_with(changes[name] | {"fp16": False})
         plan, notes = step_plan.plan_step(config, None)
         assert (plan.shape, plan.evaluation, notes) == ((4, 320), (2 * ROWS, 320), [])
-        fake = trace(replace(plan.step, capability=None), plan.shape, plan.evaluation, plan.reference)
+        fake = trace(replace(plan.step, capability=None), plan.shape, plan.evaluation, plan.pair_loss)
         left = dict(fake.loaded)
         loaded = sum(size for i, size in left.items() if size > 0 and fake.kinds[i] != "optimizer")
         for part, planned, allocated, within in (

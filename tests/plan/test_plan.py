@@ -19,7 +19,7 @@ from qlora_recipes.config import gpus
 from qlora_recipes.config.compose import Request
 from qlora_recipes.plan import allocator, plan, step_plan, steps, work
 from qlora_recipes.plan.plan import Checkpoints
-from qlora_recipes.plan.steps import Reference
+from qlora_recipes.plan.steps import PairLoss
 from qlora_recipes.plan.work import TokenCount, Work
 
 TURING, AMPERE = (7, 5), (8, 0)
@@ -126,7 +126,7 @@ def test_untraced_settings_are_noted(change, note):
             {"adapter": "llama-adapter"},
             "adapter: llama-adapter cannot be planned; plans support lora, qlora or no adapter",
         ),
-        ({"rl": "orpo"}, "rl: orpo cannot be planned; plans support dpo and ipo"),
+        ({"rl": "kto"}, "rl: kto cannot be planned; plans support dpo, ipo, simpo and orpo"),
     ],
 )
 def test_settings_that_plans_do_not_support_are_refused(change, message):
@@ -151,16 +151,19 @@ def test_packed_documents_make_one_row_where_flash_attention_keeps_them_apart(at
 
 
 @pytest.mark.parametrize(
-    ("change", "reference"),
+    ("change", "loss"),
     [
         ({}, None),
-        ({"rl": "dpo"}, Reference(is_model=False, is_precomputed=False)),
-        ({"rl": "ipo", "precompute_ref_log_probs": True}, Reference(is_model=False, is_precomputed=True)),
-        ({"rl": "dpo", "adapter": None}, Reference(is_model=True, is_precomputed=False)),
+        ({"rl": "dpo"}, PairLoss("dpo")),
+        ({"rl": "ipo", "precompute_ref_log_probs": True}, PairLoss("dpo", is_precomputed=True)),
+        ({"rl": "dpo", "adapter": None}, PairLoss("dpo", has_second_model=True)),
+        ({"rl": "simpo", "cpo_alpha": 0}, PairLoss("simpo")),
+        ({"rl": "simpo"}, PairLoss("simpo", learns_chosen=True)),  # TRL's default of cpo_alpha is 1
+        ({"rl": "orpo", "adapter": None}, PairLoss("orpo")),
     ],
 )
-def test_the_reference_of_pairs(change, reference):
-    assert Reference.of(config_with(change)) == reference
+def test_the_loss_on_pairs(change, loss):
+    assert PairLoss.of(config_with(change)) == loss
 
 
 @pytest.fixture
