@@ -1,3 +1,3 @@
 """Launches Axolotl recipes for QLoRA studies and gathers their results."""
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
