@@ -410,9 +410,10 @@ _PAIRS = {
 """Field of the prompt in types of texts that begin with `chatml.` or `llama3.`."""
 
 
+_CONVERSATIONS = Pairs(("chosen", "rejected"), ("system", "prompt"), are_texts=False)
 _OTHER_PREFERENCES = {
     "orpo None": Pairs(("prompt", "chosen", "rejected"), (), "", "prompt"),
-    "orpo chat_template.argilla": Pairs(("chosen", "rejected"), ("system", "prompt"), are_texts=False),
+    "orpo chat_template.argilla": _CONVERSATIONS,
     "kto None": LabelledRows(("prompt", "completion", "label"), (), "completion"),
 }
 """Types of rows by `rl` and type (axolotl/prompt_strategies/orpo; rows without a type stay as they are)."""
