@@ -479,8 +479,3 @@ METRICS = MetricRegistry(
 def is_of_trainer(column: Column) -> bool:
     """True if a column's metric takes the Trainer's own eval loss."""
     return isinstance(column.parameters, LossParameters) and column.parameters.by == "trainer"
-
-
-def need_predictions(columns: Iterable[Column]) -> bool:
-    """True if any metric needs predictions, not only what the training measures."""
-    return any(not isinstance(column.metric, LossMetric) for column in columns)

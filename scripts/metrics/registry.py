@@ -241,3 +241,8 @@ def heading(column: Column, headings: Mapping[str, Column]) -> str | None:
         if other.name == column.name and other.same_scores(column):
             return text
     return None
+
+
+def need_predictions(columns: Iterable[Column]) -> bool:
+    """True if any metric needs predictions, not only what the training measures."""
+    return any(not isinstance(column.metric, LossMetric) for column in columns)

@@ -25,7 +25,8 @@ from ..evaluate.scores_file import (
     served_evaluations,
 )
 from ..evaluate.settings import BASE
-from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord, is_of_trainer, need_predictions
+from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord, is_of_trainer
+from ..metrics.registry import need_predictions
 from ..run.rundir import RunDir
 from ..training.run_record import Run, Summary
 from .score_records import PROFILES

@@ -22,7 +22,8 @@ from ..evaluate import benchmarks
 from ..evaluate.evaluate import EvaluationRequest, is_complete, resolve
 from ..evaluate.score import columns_of_training, require_models, scorer_models
 from ..metrics import registry
-from ..metrics.metric import Column, need_predictions
+from ..metrics.metric import Column
+from ..metrics.registry import need_predictions
 from ..plan import plan, step_plan
 from ..run import backends, run, trust
 from ..run.backends import DONE, FAILED, SKIPPED, Backend, Command, Step, Task, TaskResult
