@@ -266,7 +266,7 @@ def resolve(run_dir: RunDir, request: EvaluationRequest) -> EvaluationPlan:
         model=request.model,
         file=_served_file(request),
     )
-    has_default_rows = default is None or source.data in (default.data, NO_SOURCE.data)
+    has_default_rows = default is None or without_rows or source.data == default.data
     return EvaluationPlan(
         run_dir=run_dir,
         run=run,

@@ -71,7 +71,7 @@ class Prompter:
         Raises:
             UserError: the context is too short.
         """
-        longest = int(self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens)
+        longest: int = self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens
         if longest < 1:
             raise UserError("--max-new-tokens: leaves no room for a prompt in the model's context; give fewer tokens")
         return longest
