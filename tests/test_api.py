@@ -49,8 +49,8 @@ def test_a_check_finds_what_a_setting_breaks(place, validates_here):
 
 
 def test_a_plan_is_that_of_the_command(place):
-    planned = api.plan("start/qlora", {"lora_r": 8}, gpus=2)
-    assert planned == plan_request(Request("start/qlora", overrides=[Override("lora_r", 8)], gpus=2))
+    planned = api.plan("start/qlora", {"num_epochs": 2}, gpus=2)
+    assert planned == plan_request(Request("start/qlora", overrides=[Override("num_epochs", 2)], gpus=2))
 
 
 def test_a_run_leads_to_its_table(with_fake_axolotl, place, capsys):

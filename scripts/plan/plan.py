@@ -147,6 +147,7 @@ def plan_request(
     gpu: Gpu | None = None,
     vram: float | None = None,
     data: bool = False,
+    suggests: bool = True,
 ) -> Plan:
     """Plan a request: parameters, memory and work.
 
@@ -154,13 +155,14 @@ def plan_request(
         gpu: the GPU to plan for.
         vram: a memory size in GiB to plan for, instead of a GPU.
         data: tokenize all training data to count tokens.
+        suggests: for a config that does not fit the GPU, also plan changes that help.
 
     Raises:
         UserError: the config has an error that prevents a plan, or planning does not support it.
     """
     composed = composed_for(request, gpu)
     lengths = work.counted(composed, request.force) if data else work.published(composed)
-    planned, step_plan = plan(composed.config, gpu, vram, request.gpus)
+    planned, step_plan = plan(composed.config, gpu, vram, request.gpus, suggests)
     findings = check.check_config(composed, gpu).findings
     override_errors(findings, request.force)
     _add_findings(planned, findings)
@@ -195,8 +197,10 @@ def composed_for(request: Request, gpu: Gpu | None) -> Composed:
     return composed
 
 
-def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus: int = 1) -> tuple[Plan, StepPlan]:
-    """Plan a config: parameters, memory of a full micro batch, and sufficient GPUs.
+def plan(
+    config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus: int = 1, suggests: bool = True
+) -> tuple[Plan, StepPlan]:
+    """Plan a config: parameters, memory of a full micro batch, and sufficient GPUs; see `plan_request`.
 
     Raises:
         UserError: planning does not support the config.
@@ -231,7 +235,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
         loading=loading(step_plan, config, gpus),
         notes=notes,
     )
-    if len(targets) == 1 and not fits[0].fits:
+    if suggests and len(targets) == 1 and not fits[0].fits:
         planned.changes += _changes(config, step_plan, targets[0], gpus)
     return planned, step_plan
 

@@ -207,7 +207,7 @@ def _outlined(pipeline: Pipeline, sizes: dict[str, float]) -> Row:
 def _planned_cells(pipeline: Pipeline, sizes: dict[str, float]) -> Row:
     """Cells of a recipe's plan; if it cannot be planned, the reason."""
     try:
-        planned = plan.plan_request(pipeline.request, pipeline.gpu)
+        planned = plan.plan_request(pipeline.request, pipeline.gpu, suggests=False)
     except UserError as error:
         return {"problem": f"not planned: {error}"}
     row: Row = {"needs GiB": planned.memory.needed / GIB}

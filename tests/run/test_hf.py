@@ -234,7 +234,7 @@ def test_a_flavor_fits_all_requests(hub):
 def test_a_request_that_fits_no_flavor_is_refused(hub):
     backend = hf.Hf(False, None, [], True)
     with pytest.raises(UserError) as refusal:
-        backend.gpu(Request(TINY, overrides=[Override("micro_batch_size", 512)]))
+        backend.gpu(Request(TINY, gpus=16))
     problem = f"--on hf: {TINY} fits no flavor of the hub"
     assert str(refusal.value) == f"{problem}; `recipe plan NAME` lists changes that help"
 

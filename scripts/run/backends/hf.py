@@ -116,7 +116,7 @@ class Hf(Backend):
         gpu = _gpu_of(self.flavor)
         if gpu and not self.options.hours:
             with suppress(UserError):  # the command reports it when it checks the config
-                work = plan_request(request, gpu).work
+                work = plan_request(request, gpu, suggests=False).work
                 if work and work.hours:
                     self._hours = max(self._hours or 0, work.hours)
         return gpu
@@ -129,7 +129,7 @@ class Hf(Backend):
             if _gpus(flavor) < request.gpus:
                 continue
             gpu = _gpu_of(flavor)
-            if gpu and plan_request(request, gpu).gpus[0].fits:
+            if gpu and plan_request(request, gpu, suggests=False).gpus[0].fits:
                 self._flavors = self._flavors[i:]
                 self._is_chosen = True
                 return
