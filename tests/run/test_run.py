@@ -221,12 +221,13 @@ def moment(chance: random.Random, run: RunDir, launches: int, written: int) -> C
     return has_saved if launches == 2 else chance.choice([launched, got_somewhere, got_somewhere])
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(int(os.environ.get("KILLS", "30")), marks=pytest.mark.long)])
-def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(tmp_path, tiny_profile, fake_axolotl, kills):
+@pytest.mark.long
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(tmp_path, tiny_profile, fake_axolotl):
     """Each kill meets a training: its process is there, and the run is interrupted afterwards, not at its end."""
     seed = time.time_ns()
     print(f"seed {seed}")
     chance = random.Random(seed)
+    kills = int(os.environ.get("KILLS", "30"))
     steps = kills * 50
     sets = (f"max_steps={steps}", "evals_per_epoch=null", "saves_per_epoch=null", "eval_steps=50", "save_steps=10")
     words = ["run", PAGED, "--profile", tiny_profile, *(word for one in sets for word in ("--set", one))]

@@ -19,6 +19,8 @@ from conftest import RECIPE, wait_until
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.run import rundir
 
+pytestmark = pytest.mark.long
+
 BASE = "haider2024/code-llama-7b"
 MEMBERS = [
     {"name": "low", "lora_r": 4},

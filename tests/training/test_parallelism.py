@@ -1,7 +1,7 @@
 """Two real ranks on the CPU, through the command, under every parallelism: a tiny Llama in NF4 with LoRA.
 
-Runs under all but ZeRO-1, and of FSDP on two nodes, are broken off, by a request to stop or by killing a rank, and
-resumed; losses and adapter of every run are compared with those of one process.
+Runs under DDP, ZeRO-3 and FSDP, and of FSDP on two nodes, are broken off, by a request to stop or by killing a rank,
+and resumed; losses and adapter of every run are compared with those of one process.
 """
 
 import subprocess
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.long
 NAME = "haider2024/code-llama-7b"
 ENGINES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP"}
 # ddp is asked to stop; a rank of the others is killed
-BROKEN_OFF = {"ddp": "interrupted", "zero2": "failed", "zero3": "failed", "fsdp2": "failed"}
+BROKEN_OFF = {"ddp": "interrupted", "zero3": "failed", "fsdp2": "failed"}
 STEPS = 8
 CLOSE = 1e-2
 ODD = "test_datasets.0.split=train[:7]"  # rows for evaluation, which no two ranks can share evenly

@@ -112,6 +112,7 @@ def own_rewards(run: RunDir, content: yamlfiles.Config) -> list[tuple[float, flo
     return rewards
 
 
+@pytest.mark.long
 def test_rewards_and_losses_are_those_of_plain_transformers(run, content):
     rewards = own_rewards(run, content)
     margins = [chosen - rejected for chosen, rejected in rewards]
@@ -133,12 +134,14 @@ def test_rewards_and_losses_are_those_of_plain_transformers(run, content):
     assert summary.eval_pairs == hash_of([(pair.prompt, pair.chosen, pair.rejected) for pair in tokenized])
 
 
+@pytest.mark.long
 def test_the_first_step_of_a_training_has_no_rewards_yet(run):
     first = next(record for record in run.read_metrics() if "loss" in record)
     assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
     assert (first["reward_margin"], first["reward_accuracy"]) == (0, 0)
 
 
+@pytest.mark.long
 def test_tokens_count_the_policys_passes_only(run, content):
     tokenizer, [dataset] = Tokenizer(content), datafiles.training_sets(content)
     rows = [row for _, row in tokenizer.load(dataset)]
@@ -165,6 +168,7 @@ def test_the_hash_of_pairs_depends_on_tokens_not_on_order(rows, is_same):
     assert (hash_of(rows) == hash_of([PAIR, OTHER])) == is_same
 
 
+@pytest.mark.long
 def test_the_output_has_the_adapter_without_base_weights(run):
     assert [file.name for file in run.output.glob("*.safetensors")] == ["adapter_model.safetensors"]
 
