@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -149,6 +149,23 @@ def content(name: str, file: str, revision: str | None) -> bytes:
         return Path(within(2 * ANSWER_TIMEOUT, lambda: hf_hub_download(name, file, revision=revision))).read_bytes()
     except Exception as error:  # from the hub or the network
         raise OSError(first_line(error)) from None
+
+
+TOKENIZER = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+"""Patterns of a tokenizer's files."""
+TOKENIZER_TIMEOUT = 120.0
+"""Seconds for the download of a tokenizer, of at most some 30 MB."""
+
+
+def fetch_tokenizer(name: str, revision: str | None) -> None:
+    """Download a model's tokenizer and config.json into the hub's cache, if this user has access."""
+    from huggingface_hub import snapshot_download
+
+    if is_offline() or access(name).access != "open":
+        return
+    patterns = ["config.json", *TOKENIZER]
+    with suppress(Exception):  # from the hub or the network
+        within(TOKENIZER_TIMEOUT, lambda: snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
 def within[T](seconds: float, ask: Callable[[], T]) -> T:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
-from ..base import paths, yamlfiles
+from ..base import hub, paths, yamlfiles
 from ..base.errors import UserError, recipe_command
 from ..base.files import Row, digest, read_json, write_json
 from ..base.hub import importing_axolotl
@@ -133,7 +133,7 @@ def tokenize_all(report: Report, request: Request) -> None:
         return
     if report.composed is None or not report.data:
         return
-    if not has_tokenizer(report.composed):
+    if not _fetch_tokenizer(report.composed):
         words = ["check", request.name, *request.options, "--all-rows", "--rehearse"]
         command = recipe_command(*words, "--set", "datasets.0.split=train[:1000]")
         problem = "skipped tokenizing the rows: no tokenizer on this machine"
@@ -287,8 +287,16 @@ def tokens_of(request: Request, count: int) -> list[Row]:
         return token_lengths.by_token(composed.config, count)
 
 
+def _fetch_tokenizer(composed: Composed) -> bool:
+    """True if a config's tokenizer is on this machine, or the hub has sent it now."""
+    name = composed.config["base_model"]
+    if not (has_tokenizer(composed) or models.is_path(name) or Path(name).is_dir()):
+        hub.fetch_tokenizer(name, models.revision(composed.config))
+    return has_tokenizer(composed)
+
+
 def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
-    if not has_tokenizer(composed):
+    if not _fetch_tokenizer(composed):
         name = composed.config["base_model"]
         revision = composed.config.get("revision_of_model")
         pinned = f" --revision {shlex.quote(str(revision))}" if revision else ""

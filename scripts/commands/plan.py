@@ -162,7 +162,7 @@ def _work(work: "Work") -> Iterator[tuple[str, str]]:
     if work.at_most:
         yield (
             "row lengths",
-            "unknown; tokens and hours assume full rows; if rows and tokenizer are local, --all-rows measures lengths",
+            "unknown; tokens and hours assume full rows; if the rows are local, --all-rows measures lengths",
         )
     rows = "unknown; only complete rows in local JSONL files are counted"
     if work.rows:

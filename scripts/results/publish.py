@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 CARD = "README.md"
 SUMS = "SHA256SUMS"
 _TEMPLATE = "chat_template.jinja"
-_TOKENIZER = ["tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
-_PUSHED = [CARD, ADAPTER, RunFile.ADAPTER_CONFIG, *_TOKENIZER]
-_PUSHED_MERGED = [CARD, "model*.safetensors*", "config.json", "generation_config.json", *_TOKENIZER,
+_PUSHED = [CARD, ADAPTER, RunFile.ADAPTER_CONFIG, *hub.TOKENIZER]
+_PUSHED_MERGED = [CARD, "model*.safetensors*", "config.json", "generation_config.json", *hub.TOKENIZER,
                   "LICENSE*", "USE_POLICY*", "NOTICE*", "Notice*"]  # fmt: skip
 
 
@@ -172,7 +171,7 @@ def _merge(result: RunResult) -> Path:
             file.rename(part / file.name)
         (part / "merged").rmdir()
         (part / "debug.log").unlink(missing_ok=True)  # Axolotl's own log; merge.log has its output
-        for file in _published(folder.output, _TOKENIZER):
+        for file in _published(folder.output, hub.TOKENIZER):
             shutil.copy2(file, part)  # Axolotl copies the base model's tokenizer, without added tokens
         with importing_axolotl(offline=result.run.rehearsal):
             from ..evaluate import merge_check

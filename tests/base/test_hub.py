@@ -10,10 +10,12 @@ from file_server import Server, as_hub, serving
 from huggingface_hub import constants
 
 from qlora_recipes.base import hub, yamlfiles
+from qlora_recipes.base.errors import UserError
 from qlora_recipes.check import check
 from qlora_recipes.config.compose import Request, compose
 from qlora_recipes.data.prepare import default_sample
 
+COMMIT = "c" * 40  # the server's
 CONFIG = b'{"model_type": "llama", "num_hidden_layers": 2}'
 # status, X-Error-Code and X-Error-Message, as the hub sends them
 REFUSALS: dict[str, tuple[int, str, str]] = {
@@ -144,3 +146,34 @@ def test_a_pickle_on_the_hub_is_an_error_before_it_is_fetched(server, recipe, tm
     lines = [line for line in recipe("check", "own.yaml").stdout.splitlines() if "pickled-weights" in line]
     assert [f"would load {pickled}, " in line for line in lines] == ([True] if pickled else [])
     assert not any(path.endswith((".bin", ".safetensors")) for path in server.paths)
+
+
+def test_a_tokenizer_that_is_not_here_is_fetched_without_the_weights(server, tmp_path, tiny):
+    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    listed = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]
+    info = {"id": "owner/open", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+    server.files = {f"/resolve/{COMMIT}/{name}": (tiny / name).read_bytes() for name in names}
+    server.files |= {
+        "/auth-check": b"{}",
+        "/resolve/main/config.json": (tiny / "config.json").read_bytes(),
+        "/revision/main": orjson.dumps(info),
+        "/tree/main?recursive=true&expand=false": orjson.dumps(listed),
+        f"/tree/{COMMIT}?recursive=true&expand=false": orjson.dumps(listed),
+    }
+    hub.files.cache_clear()
+    own(tmp_path, "owner/open")
+    request = Request(str(tmp_path / "own.yaml"))
+    report = check.check_request(request, data=True)
+    check.tokenize_all(report, request)
+    assert [(row["rows"], row["tokens"] > 1000) for row in report.data] == [(109, True), (27, True)]
+    fetched = {Path(path).name for path in server.paths if "/resolve/" in path}
+    assert fetched == {"config.json", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_a_tokenizer_that_the_hub_refuses_is_no_error(server, tmp_path):
+    own(tmp_path, "owner/gated")
+    composed = compose(Request(str(tmp_path / "own.yaml")))
+    assert check.has_tokenizer(composed) is False
+    with pytest.raises(UserError, match="the tokenizer of owner/gated is not on this machine"):
+        check.training_lengths(composed)
+    assert server.paths == ["/api/models/owner/gated/auth-check"]

@@ -567,8 +567,7 @@ T4        14.50  no: bf16     10.25
 then it fits, 3.00 GiB: --set sequence_len=1024 (longer rows are lost)
 
 work
-row lengths           unknown; tokens and hours assume full rows; if rows and tokenizer are local, --all-rows measures \
-lengths
+row lengths           unknown; tokens and hours assume full rows; if the rows are local, --all-rows measures lengths
 rows                  109 (the config's data)
 tokens in all epochs  up to 446,464 (every row counted at full length)
 optimizer steps       28
