@@ -1,13 +1,12 @@
 """`recipe check`: finds the mistakes in a config before anything starts."""
 
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
-from ..base import hub, paths, yamlfiles
+from ..base import paths, yamlfiles
 from ..base.errors import UserError, recipe_command
 from ..base.files import Row, digest, read_json, write_json
 from ..base.hub import importing_axolotl
@@ -289,19 +288,16 @@ def tokens_of(request: Request, count: int) -> list[Row]:
 
 def _fetch_tokenizer(composed: Composed) -> bool:
     """True if a config's tokenizer is on this machine, or the hub has sent it now."""
-    name = composed.config["base_model"]
-    if not (has_tokenizer(composed) or models.is_path(name) or Path(name).is_dir()):
-        hub.fetch_tokenizer(name, models.revision(composed.config))
+    if not has_tokenizer(composed):
+        models.fetch_tokenizer(composed.config)
     return has_tokenizer(composed)
 
 
 def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
     if not _fetch_tokenizer(composed):
-        name = composed.config["base_model"]
-        revision = composed.config.get("revision_of_model")
-        pinned = f" --revision {shlex.quote(str(revision))}" if revision else ""
-        remedy = f"run `hf download {shlex.quote(name)}{pinned} --include config.json --include 'tokenizer*'`{instead}"
-        raise UserError(f"the tokenizer of {name} is not on this machine", key=option, remedy=remedy)
+        problem = f"the tokenizer of {composed.config['base_model']} is not on this machine"
+        remedy = f"run {models.tokenizer_command(composed.config)}{instead}"
+        raise UserError(problem, key=option, remedy=remedy)
 
 
 def has_tokenizer(composed: Composed) -> bool:

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shlex
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -157,8 +156,7 @@ def unknown_model(case: Case) -> Problems:
     name = case["base_model"]
     if name and not models.is_path(name) and case.model == models.Model():
         problem = f"{name} is not on this machine: its layers, context and special tokens are not checked"
-        remedy = f"to check them, run `hf download {shlex.quote(name)} --include config.json --include 'tokenizer*'`"
-        yield "note", "base_model", problem, remedy
+        yield "note", "base_model", problem, f"to check them, run {models.tokenizer_command(case.config)}"
 
 
 @rule()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -249,6 +250,21 @@ def folder_of(config: Config) -> Path:
     if Path(name).is_dir():
         return Path(name)
     return hub.snapshot("models", name, revision(config))
+
+
+def tokenizer_command(config: Config) -> str:
+    """Command that fetches config.json and tokenizer of a config's base model from the hub."""
+    words = ["hf", "download", str(config["base_model"])]
+    if revision(config):
+        words += ["--revision", str(revision(config))]
+    return f"`{shlex.join([*words, '--include', 'config.json', '--include', 'tokenizer*'])}`"
+
+
+def fetch_tokenizer(config: Config) -> None:
+    """Fetch the tokenizer of a config's base model from the hub, if this user has access."""
+    name = str(config["base_model"])
+    if not (is_path(name) or Path(name).is_dir()):
+        hub.fetch_tokenizer(name, revision(config))
 
 
 def _file_names(folder: Path) -> list[str]:
