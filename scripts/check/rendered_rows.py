@@ -18,6 +18,7 @@ from ..base.yamlfiles import Config, write_flow
 from ..config import datafiles, models
 from ..config.datafiles import DatasetRef
 from ..config.finding import DATED, Faults, Finding
+from ..config.substitution import uses_small_model
 from ..training.losses import MASKED
 from ..training.row_types import Chat, Pairs, Segments, row_type
 from ..training.tokens import Tokenizer, Tokens, changed_by_loading, end_ids, on_day, read_keys, without_nulls
@@ -157,6 +158,8 @@ class RenderedRows:
 
     def _compare_bos(self, place: Place, tokens: Tokens) -> None:
         bos = self.tokenizer.tokenizer.bos_token_id
+        if uses_small_model(self.tokenizer.cfg):  # its BOS is <|im_start|>, with which ChatML begins turns
+            return
         if bos is not None and tokens.ids[:2] == [bos, bos]:
             self.faults.note("doubled-bos", self.tokenizer.tokenizer.bos_token, *place)
 

@@ -11,6 +11,7 @@ from datasets import Dataset
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.check import token_lengths
 from qlora_recipes.check.rows import check_rows
+from qlora_recipes.config import substitution
 from qlora_recipes.config.finding import Finding
 
 Row = dict[str, Any]
@@ -237,6 +238,13 @@ def test_a_remedy_removes_its_finding(place, models, case):
     assert before.remedy == remedy
     after = findings_of(models[family], rows, settings, {})
     assert before.name not in [finding.name for finding in after]
+
+
+def test_a_rehearsals_model_may_begin_turns_with_its_bos(place, models, monkeypatch):
+    """SmolLM2's BOS is <|im_start|>: a ChatML text after a BOS, right for another model, has it twice."""
+    family, rows, settings, dataset, _ = PLANTED["two-bos"]
+    monkeypatch.setattr(substitution, "folder", lambda: models[family])
+    assert findings_of(models[family], rows, settings, dataset) == []
 
 
 def test_a_mask_is_read_under_the_name_of_the_remedy(place, models):
