@@ -243,6 +243,6 @@ def heading(column: Column, headings: Mapping[str, Column]) -> str | None:
     return None
 
 
-def need_predictions(columns: Iterable[Column]) -> bool:
-    """True if any metric needs predictions, not only what the training measures."""
+def need_evaluation(columns: Iterable[Column]) -> bool:
+    """True if any metric needs more than what the training measures."""
     return any(not isinstance(column.metric, LossMetric) for column in columns)

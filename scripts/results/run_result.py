@@ -26,7 +26,7 @@ from ..evaluate.scores_file import (
 )
 from ..evaluate.settings import BASE
 from ..metrics.metric import BenchmarkMetric, Column, LossMetric, ScoreRecord, is_of_trainer
-from ..metrics.registry import need_predictions
+from ..metrics.registry import need_evaluation
 from ..run.rundir import RunDir
 from ..training.run_record import Run, Summary
 from .score_records import PROFILES
@@ -108,8 +108,8 @@ class RunResult:
 
     @property
     def is_scored(self) -> bool:
-        """True if the run is evaluated, or its metrics need no predictions."""
-        return self.evaluation is not None or not need_predictions(self.columns.values())
+        """True if the run is evaluated, or its metrics need no evaluation."""
+        return self.evaluation is not None or not need_evaluation(self.columns.values())
 
     @property
     def score_records(self) -> dict[str, ScoreRecord]:

@@ -1,6 +1,7 @@
 """Results of a sweep: rows and tables."""
 
 import itertools
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from ..base.errors import UserError, did_you_mean, meant
 from ..base.files import Row
 from ..base.tables import Table
 from ..base.yamlfiles import on_one_line
+from ..config.keys import affecting
 from ..config.merging import Override
 from ..data.studies import Study
 from ..evaluate import evaluation_rows
@@ -34,12 +36,8 @@ _LEGEND = {
     "CPU's.",
 }
 
-TERMS = (
-    *("rl", "rl_beta", "cpo_alpha", "orpo_alpha", "rpo_alpha", "simpo_gamma", "kto_desirable_weight"),
-    *("kto_undesirable_weight", "dpo_label_smoothing", "dpo_ld_alpha", "dpo_loss_type", "dpo_loss_weights"),
-    *("dpo_norm_loss", "dpo_use_weighting"),
-)
-"""Settings that define a loss of preferences; losses that differ in one are not comparable."""
+_OF_PREFERENCES = re.compile("(rl|dpo|cpo|orpo|rpo|simpo|kto)_")
+"""Beginnings of the keys of preference trainings."""
 Costs = tuple[float, float]  # peak memory in GiB, and eval loss
 
 
@@ -52,7 +50,7 @@ class SweepRow:
         runs: existing runs of the trials.
         columns: metrics of the sweep's runs; without runs, the recipe's metrics.
         compared_loss: mean eval loss over the tokens that all trials share; None if they share none.
-        term: a setting in which the losses of trials differ, see `TERMS`; so `compared_loss` is None.
+        term: a setting of a preference loss that differs between trials; their losses are then not comparable.
         pareto: whether the row is on the Pareto front over peak memory and eval loss.
     """
 
@@ -213,8 +211,9 @@ def _compare_losses(table: Sequence[SweepRow]) -> None:
 
 
 def _varied_term(table: Sequence[SweepRow]) -> str | None:
-    """First of the settings `TERMS` that differs between trials."""
-    for key in TERMS:
+    """First setting of a preference loss that differs between trials."""
+    terms = filter(_OF_PREFERENCES.match, affecting("evaluated"))
+    for key in ("rl", "trl.beta", *terms):
         if len({str(row.trial.settings.get(key)) for row in table}) > 1:
             return key
     return None

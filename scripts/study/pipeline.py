@@ -23,7 +23,7 @@ from ..evaluate.evaluate import EvaluationRequest, is_complete, resolve
 from ..evaluate.score import columns_of_training, require_models, scorer_models
 from ..metrics import registry
 from ..metrics.metric import Column
-from ..metrics.registry import need_predictions
+from ..metrics.registry import need_evaluation
 from ..plan import plan, step_plan
 from ..run import backends, run, trust
 from ..run.backends import DONE, FAILED, SKIPPED, Backend, Command, Step, Task, TaskResult
@@ -287,7 +287,7 @@ class Pipeline:
 
     def _remaining_steps(self) -> list[Step]:
         if self.state not in ("queued", "running", "finished"):
-            return ["prepare", "run", "evaluate"] if self._generates() else ["prepare", "run"]
+            return ["prepare", "run", "evaluate"] if need_evaluation(self.columns.values()) else ["prepare", "run"]
         with suppress(UserError):
             if self._evaluation():
                 return []
@@ -344,9 +344,9 @@ class Pipeline:
             self.look_up()
 
     def _training(self, run_dir: RunDir) -> list[Command]:
-        """Commands that train a run and evaluate it, if its metrics need predictions."""
+        """Commands that train a run and evaluate it, if its metrics need that."""
         commands = [run.resume_command(run_dir, self.result), *self._merge(run_dir)]
-        if self._generates():
+        if need_evaluation(self.columns.values()):
             commands.append(self._evaluation_command(run_dir))
         return commands
 
@@ -377,9 +377,6 @@ class Pipeline:
             return []
         return [self._evaluation_command(run_dir)]
 
-    def _generates(self) -> bool:
-        return need_predictions(self.columns.values())
-
     def _evaluation(self) -> str | None:
         """State of the existing run's evaluation; None if it still has to start.
 
@@ -389,7 +386,7 @@ class Pipeline:
             UserError: see `evaluate.resolve` and `reusable_evaluation`.
         """
         assert self.existing
-        if not self._generates():
+        if not need_evaluation(self.columns.values()):
             return SKIPPED
         folder = self.existing[0]
         if self.state == "finished" and is_complete(resolve(folder, self.evaluation)):

@@ -170,7 +170,7 @@ def test_a_tokenizer_that_is_not_here_is_fetched_without_the_weights(server, tmp
     assert fetched == {"config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
-def test_a_tokenizer_that_the_hub_refuses_is_no_error(server, tmp_path):
+def test_a_tokenizer_that_the_hub_refuses_is_named(server, tmp_path):
     own(tmp_path, "owner/gated")
     composed = compose(Request(str(tmp_path / "own.yaml")))
     assert check.has_tokenizer(composed) is False

@@ -409,6 +409,7 @@ BY_REWARDS = (
     [
         ("lora_r", [], "lora_r=8", [f"best by eval_loss: lora_r=8, 0.5; next: lora_r=16, 0.6. {CHANCE}"]),
         ("rl_beta", [], None, [OTHER_LOSSES]),
+        ("trl.beta", [], None, [OTHER_LOSSES.replace("rl_beta", "trl.beta")]),
         ("rl_beta", ["--by", "reward_accuracy"], "rl_beta=16", [OTHER_LOSSES, BY_REWARDS.format("rl_beta")]),
         ("lora_r", ["--by", "reward_accuracy"], "lora_r=16", [BY_REWARDS.format("lora_r")]),
     ],
