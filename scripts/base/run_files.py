@@ -19,7 +19,6 @@ class RunFile(StrEnum):
     NODE_LOG = "node-{}.log"
     JOBS = "jobs.json"  # separate, because a job can write run.json before its id is recorded
     JOB_LOG = "slurm-{}.log"
-    HUB_JOB_LOG = "hf-{}.log"
     COMMAND_LOG = "{}.log"
     OUTPUT = "output"
     ADAPTER = "adapter_model.safetensors"

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from ..base import paths
 from ..base.errors import UserError, WorkFailed
-from ..base.files import Row, opened, reserved, where_full
+from ..base.files import Row, opened, reading, reserved, where_full
 from ..base.processes import now, start_child, stop_requests
 from ..base.run_files import RunFile
 from ..base.terminal import TrainingProgress, say, warn_once
@@ -30,6 +30,7 @@ from .rundir import Node, RunDir, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
 _KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
+_MOST_BYTES = 1 << 20  # that are read of a log, from its end
 _LESS_MEMORY = (
     "end other processes, request more memory for the job, or start a run with --set dataloader_num_workers=0 "
     "--set dataset_num_proc=1"
@@ -316,7 +317,9 @@ class LaunchLog:
 
     @cached_property
     def _text(self) -> str:
-        return self.file.read_bytes()[self.since :].decode(errors="replace")
+        with reading(self.file) as stream:
+            stream.seek(max(self.since, _size(self.file) - _MOST_BYTES))
+            return stream.read(_MOST_BYTES).decode(errors="replace")
 
     @cached_property
     def tail(self) -> list[str]:

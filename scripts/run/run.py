@@ -41,7 +41,7 @@ def compose_and_check(request: Request, backend: Backend) -> Composed:
     starts = not request.dry_run
     needs_gpus = starts and not is_rehearsal(request)
     backend.check_size(request.gpus if needs_gpus else 1, request.nodes)
-    gpu = backend.gpu(request)
+    gpu = backend.gpu
     composed = compose(request, gpu)
     with Bar(f"checking {composed.recipe}", 1):
         report = check.check_config(composed, gpu, request.ranks, launching=starts, data=starts)
@@ -213,10 +213,9 @@ def _resume_here(run_dir: RunDir, prepare_only: bool, is_own: bool) -> None:
 
 def hindrance(run_dir: RunDir, record: Run) -> str | None:
     """Reason why this process cannot resume a run, which may be its own job's; or None."""
-    if this_job() not in {(job.backend, job.id) for job in run_dir.jobs()}:
-        job = backends.job_state(run_dir, "run")
-        if job and job.kind != "unknown":
-            return f"the run is {job}; cancel it first with `recipe cancel {run_dir.quoted}`"
+    is_of_job = this_job() in {(job.backend, job.id) for job in run_dir.jobs()}
+    if not is_of_job and (job := backends.unfinished_job(run_dir, "run")):
+        return f"the run is {job}; cancel it first with `recipe cancel {run_dir.quoted}`"
     if record.state == "finished":
         return f"the run is finished; evaluate it with `recipe evaluate {run_dir.quoted}`"
     output = Path(record.cwd, str(run_dir.config.get("output_dir")))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +20,7 @@ from ..base.errors import UserError, meant
 from ..base.files import Row, parse_json, read_bytes, write_atomically
 from ..base.processes import LOCK_TIMEOUT, held, is_held
 from ..base.run_files import RunFile
+from ..base.signature import is_signed, signature
 from ..base.terminal import say, warn, warn_once
 from ..base.yamlfiles import Config, read_yaml
 from ..config.finding import Finding
@@ -142,20 +143,32 @@ class RunDir:
             raise UserError(f"{self.jobs_file}: damaged; move it away once no job of the run is in the queue") from None
 
     def add_job(self, job: Job) -> None:
-        """Record a job."""
+        """Record a job that this user has submitted."""
+        job = job.model_copy(update={"hmac": signature(self._signed(job))})
         with held(self.path / RunFile.JOBS_LOCK, "another process is recording a job", LOCK_TIMEOUT):
             write_atomically(self.jobs_file, _JOBS.dump_json([*self.jobs(), job], indent=2).decode() + "\n")
 
+    def submitted(self, job: Job) -> bool:
+        """True if this user has submitted a job of this folder; jobs.json may be another user's."""
+        return is_signed(self._signed(job), job.hmac)
+
+    def _signed(self, job: Job) -> list[Any]:
+        return [str(self.path.resolve()), job.model_dump(exclude={"hmac"})]
+
     def refuse_links(self) -> None:
-        """Refuse links to folders outside the run's folder; commands would write through them.
+        """Refuse links of the run's own files and folders that lead out of its folder; commands write through them.
+
+        Links of trackers to files are let through, such as that of W&B to its log.
 
         Raises:
             UserError: there is such a link.
         """
         root = self.path.resolve()
         for path in self.path.rglob("*"):
-            if path.is_symlink() and path.is_dir() and not path.resolve().is_relative_to(root):
-                raise UserError(f"{path}: leads to a folder outside the run; replace the link with a folder")
+            if not path.is_symlink() or path.resolve().is_relative_to(root):
+                continue
+            if path.is_dir() or path.parent == self.path:
+                raise UserError("leads out of the run's folder", file=path, remedy="replace it with a file or folder")
 
     @contextmanager
     def held(self) -> Iterator[int]:

@@ -1,17 +1,13 @@
 """Trust in a run folder that may be another user's."""
 
-import hashlib
-import hmac
-import secrets
 from collections.abc import Sequence
-from contextlib import chdir, suppress
+from contextlib import chdir
 from pathlib import Path
-
-import orjson
+from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.processes import make_once
+from ..base.signature import is_signed, signature
 from ..check import code_rules, schema
 from ..check.rule import Case
 from ..config.finding import override_errors, refuse
@@ -27,25 +23,19 @@ def hmac_of(run_dir: RunDir, record: Run) -> str | None:
     Raises:
         UserError: the config is missing or damaged.
     """
-    content = [yamlfiles.read_text(run_dir.config_file), record.cwd, record.forced]
-    with suppress(OSError, UserError):
-        key = (make_once(paths.user_data() / "hmac", _make_key) / "key").read_bytes()
-        return hmac.new(key, orjson.dumps(content), hashlib.sha256).hexdigest()
-    return None
+    return signature(_signed(run_dir, record))
 
 
-def _make_key(folder: Path) -> None:
-    folder.mkdir(mode=0o700)
-    (folder / "key").write_bytes(secrets.token_bytes(32))
+def _signed(run_dir: RunDir, record: Run) -> list[Any]:
+    return [yamlfiles.read_text(run_dir.config_file), record.cwd, record.forced]
 
 
 def is_own(run_dir: RunDir, record: Run) -> bool:
     """True if this user created a run, or trusted it with --trust, and its hashed content has not changed since."""
-    if not record.hmac:
+    try:
+        return is_signed(_signed(run_dir, record), record.hmac)
+    except UserError:  # no readable config
         return False
-    with suppress(UserError):
-        return hmac.compare_digest((hmac_of(run_dir, record) or "").encode(), record.hmac.encode())
-    return False
 
 
 def refuse_code(run_dir: RunDir, record: Run, force: Sequence[str], adapter: str) -> None:

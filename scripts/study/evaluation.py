@@ -81,7 +81,7 @@ def start(run_dir: RunDir, request: EvaluationRequest, backend: Backend) -> Eval
         waits = backend.can_wait_for(backends.job_state(run_dir, "run"))
         _check_before_queueing(run_dir, record, request, waits)
         evaluation = evaluation_command(run_dir, request, result)
-        if job := backends.job_state(run_dir, "evaluate", evaluation.words):
+        if job := backends.unfinished_job(run_dir, "evaluate", evaluation.words):
             remedy = f"`recipe cancel {run_dir.quoted}` cancels all jobs of the run"
             raise UserError(f"this evaluation is already {job}", file=run_dir.path, remedy=remedy)
         return [evaluation]

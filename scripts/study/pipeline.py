@@ -131,7 +131,7 @@ class Pipeline:
         self.request = request
         self.evaluation = replace(evaluation, force=request.force)
         self.backend = backend
-        self.gpu = gpu or backend.gpu(request)
+        self.gpu = gpu or backend.gpu
         self.composed = compose.compose(request, self.gpu)
         self.existing: tuple[RunDir, Run] | None = None
         self.needed_gib: float | None = None
@@ -391,8 +391,8 @@ class Pipeline:
         folder = self.existing[0]
         if self.state == "finished" and is_complete(resolve(folder, self.evaluation)):
             return SKIPPED
-        job = backends.job_state(folder, "evaluate", self._evaluation_command(folder).words)
-        return str(job) if job and job.kind != "unknown" else None
+        job = backends.unfinished_job(folder, "evaluate", self._evaluation_command(folder).words)
+        return str(job) if job else None
 
 
 def pipelines_of(

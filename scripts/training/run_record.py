@@ -156,18 +156,16 @@ State = Literal["created", "queued", "running", "finished", "failed", "interrupt
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=4096)]
 """Name or path; a NUL or more characters would make Linux refuse it."""
 
-_NO_OPTION = r"^\w[^\x00]*$"  # for an argument of another program
-
 
 class Job(BaseModel):
     """A job that carries out a command of a run."""
 
-    backend: str
-    id: str = Field(pattern=_NO_OPTION)
-    step: str
-    user: str = Field(pattern=_NO_OPTION)
-    script: str  # tells jobs with the same id apart: clusters reuse ids, and several clusters can share a disk
-    words: list[str] = []  # arguments of `recipe`
+    backend: Text
+    id: Text
+    step: Text
+    script: Text  # tells jobs with the same id apart: clusters reuse ids, and several clusters can share a disk
+    words: list[Text] = []  # arguments of `recipe`
+    hmac: Text | None = None  # see `RunDir.submitted`
 
 
 @dataclass(frozen=True)
@@ -175,8 +173,8 @@ class JobState:
     """State of a job in a queue.
 
     Attributes:
-        kind: `unknown` if the queue does not answer.
-        reason: the queue's reason for waiting, if informative.
+        kind: `unknown` if the queue was not asked, or does not answer.
+        reason: the queue's reason for waiting, if informative; why the state is unknown.
         job: the job's id.
         backend: name of the backend that has the queue.
     """
@@ -188,7 +186,7 @@ class JobState:
 
     def __str__(self) -> str:
         if self.kind == "unknown":
-            return "unknown: the queue does not answer"
+            return self.reason
         return f"{self.kind}{f': {self.reason}' if self.reason else ''} (job {self.job})"
 
 

@@ -184,5 +184,5 @@ def test_no_command_writes_through_a_link_to_another_folder(recipe, tmp_path, ba
     (bad.path / link).parent.mkdir(exist_ok=True)
     (bad.path / link).symlink_to(victim)
     done = recipe.fails(words[0], f"{NAME}/bad", *words[1:])
-    assert f"bad/{link}: leads to a folder outside the run" in done.stderr
+    assert f"bad/{link}: leads out of the run's folder; replace it with a file or folder" in done.stderr
     assert [path.name for path in victim.iterdir()] == [ADAPTER]

@@ -148,7 +148,7 @@ def test_a_record_names_no_folder_host_or_user(recipe, tmp_path):
     run.launches[0].command = [f"/home/mmuster/{HOST}/axolotl"]
     run.provenance["cpu"] = "mmuster's"
     folder.write(run)
-    folder.add_job(Job(backend="slurm", id="1", step="run", user="mmuster", script="/home/mmuster/s.sh"))
+    folder.add_job(Job(backend="slurm", id="1", step="run", script="/home/mmuster/s.sh"))
     file, content = exported(recipe, "one")
     for word in ("mmuster", "home", "hf_", HOST, "hub_", "wandb", str(tmp_path)):
         assert word not in file.read_text(), word

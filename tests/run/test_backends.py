@@ -4,9 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import detached
+import orjson
 import pytest
 from conftest import Recipe, wait_until
+from run_folders import a_run
 
+from qlora_recipes.base.files import write_atomically
 from qlora_recipes.run import backends, rundir
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import Job
@@ -95,9 +98,38 @@ def test_a_wrong_backend_or_option_is_refused(recipe, on, message):
     assert recipe.fails("run", NAME, "--rehearse", "--on", on).stderr == f"recipe: {message}\n"
 
 
-def test_a_run_whose_backend_is_unknown_is_refused(place):
-    run = RunDir(place)
-    run.add_job(Job(backend="elsewhere", id="1", step="run", user="me", script="job.sh"))
-    with pytest.raises(backends.UserError) as refused:
-        backends.job_state(run, "run")
-    assert str(refused.value) == f"{place}/jobs.json: no backend is called elsewhere; move the file away"
+@pytest.mark.parametrize("change", [{"hmac": None}, {"hmac": "0" * 64}, {"id": "13_0"}, {"backend": "hf"}, "copied"])
+def test_of_a_job_that_this_user_did_not_submit_nothing_is_asked(recipe, place, monkeypatch, change):
+    run = a_run(place / "runs", NAME, "theirs", 10.0)
+    record = orjson.loads((run.path / "run.json").read_bytes())
+    (run.path / "run.json").write_bytes(orjson.dumps(record | {"state": "running"}))
+    for command in ("squeue", "scancel"):
+        program = place / "bin" / command
+        write_atomically(program, f"#!/bin/sh\necho {command} >> {place}/asked; echo '12_0|RUNNING|None|job.sh'")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{place / 'bin'}:/usr/bin:/bin")
+    run.add_job(Job(backend="slurm", id="12_0", step="run", script="job.sh"))
+    assert [row["jobs"] for row in recipe.json("results", run.path)] == ["run: running (job 12_0)"]
+    assert recipe.ok("cancel", run.path).stdout.endswith("theirs: job 12_0 is cancelled\n")
+    (place / "asked").unlink()
+    if change == "copied":
+        run.path.rename(run.path.with_name("copy"))
+        run = RunDir(run.path.with_name("copy"))
+    else:
+        (job,) = orjson.loads(run.jobs_file.read_bytes())
+        run.jobs_file.write_bytes(orjson.dumps([job | change]))
+    (row,) = recipe.json("results", run.path)
+    assert (row["state"], row["jobs"]) == ("running", "run: state not asked: the job is not yours")
+    assert recipe.fails("cancel", run.path).stderr == f"recipe: {run.path}: nothing is running or queued\n"
+    assert not (place / "asked").exists()
+
+
+@pytest.mark.parametrize("file", ["slurm-run.log", "run.lock", "train.log"])
+def test_no_job_is_submitted_that_would_write_through_a_link(place, file):
+    run = a_run(place / "runs", NAME, "theirs", 10.0)
+    (run.path / file).unlink(missing_ok=True)
+    (run.path / file).symlink_to(place / "mine")
+    result = backends.TaskResult(NAME)
+    task = backends.Task(result, lambda: [backends.Command("run", run, ["resume"], result)], {}, 1)
+    assert backends.claimed([task]) == []
+    assert result.problem == f"{run.path / file}: leads out of the run's folder; replace it with a file or folder"

@@ -10,7 +10,6 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
-from getpass import getuser
 from pathlib import Path
 from secrets import token_hex
 
@@ -19,7 +18,6 @@ import psutil
 from qlora_recipes.base import paths
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_atomically
-from qlora_recipes.config.compose import Request
 from qlora_recipes.config.gpus import Gpu
 from qlora_recipes.run.backends import BACKENDS, Backend, Command, Task, claimed
 from qlora_recipes.run.rundir import JOB, RunDir
@@ -36,8 +34,7 @@ class Detached(Backend):
         if self.python is None:
             raise UserError("add ,python=FILE, the Python that has the package", key=f"--on {NAME}")
 
-    def gpu(self, request: Request) -> Gpu | None:
-        return None
+    gpu: Gpu | None = None
 
     def check_size(self, gpus: int, nodes: int) -> None:
         if nodes > 1:
@@ -61,9 +58,7 @@ class Detached(Backend):
         script = paths.runs().absolute() / NAME / number / "job.sh"
         write_atomically(script, self._script(commands))
         for command in commands:
-            job = Job(
-                backend=NAME, id=number, step=command.step, user=getuser(), script=str(script), words=command.words
-            )
+            job = Job(backend=NAME, id=number, step=command.step, script=str(script), words=command.words)
             command.folder.add_job(job)
             command.result.steps[command.step] = f"queued (job {number})"
         with script.with_name("log").open("wb") as log:
@@ -78,12 +73,12 @@ class Detached(Backend):
         script.with_name("pid").write_text(str(process.pid))
 
     @classmethod
-    def state(cls, folder: RunDir, job: Job) -> JobState | None:
+    def state(cls, job: Job) -> JobState | None:
         pid = _process_of(job)
         return JobState("running", job=job.id, backend=NAME) if pid else None
 
     @classmethod
-    def cancel(cls, folder: RunDir, job: Job) -> list[str]:
+    def cancel(cls, job: Job) -> list[str]:
         pid = _process_of(job)
         if pid is None:
             return []

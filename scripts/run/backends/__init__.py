@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ...base import processes
 from ...base.errors import UserError
@@ -18,14 +18,12 @@ from ...config.gpus import Gpu
 from ...training.run_record import Job, JobState, Run
 from ..rundir import Node, RunDir, this_job
 
-if TYPE_CHECKING:
-    from ...config.compose import Request
-
-BACKENDS: "Registry[type[Backend]]" = Registry("backend", f"{__name__}.local", f"{__name__}.slurm", f"{__name__}.hf")
+BACKENDS: "Registry[type[Backend]]" = Registry("backend", f"{__name__}.local", f"{__name__}.slurm")
 """Backends by the name that --on gives them."""
 
 DONE, SKIPPED, FAILED = "done", "skipped", "failed"
 Step = Literal["prepare", "run", "merge", "evaluate"]
+NOT_ASKED = "state not asked: the job is not yours"
 DOES = {"run": "the training", "merge": "the merge", "evaluate": "the evaluation"}
 
 
@@ -121,9 +119,10 @@ class Backend(ABC):
     @abstractmethod
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str], submits: bool): ...
 
+    @property
     @abstractmethod
-    def gpu(self, request: "Request") -> Gpu | None:
-        """GPU for which a requested run is composed, checked and planned, or None."""
+    def gpu(self) -> Gpu | None:
+        """GPU for which runs are composed, checked and planned, or None."""
 
     @abstractmethod
     def check_size(self, gpus: int, nodes: int) -> None:
@@ -144,8 +143,6 @@ class Backend(ABC):
     @abstractmethod
     def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
         """Carry out tasks, or submit them as jobs; record steps and errors in their `result`.
-
-        A backend that costs money asks first.
 
         Args:
             tasks: tasks that do not depend on each other.
@@ -183,16 +180,13 @@ class Backend(ABC):
 
     @classmethod
     @abstractmethod
-    def state(cls, folder: RunDir, job: Job) -> JobState | None:
-        """State of a run's job; None if it has ended.
-
-        If the job writes elsewhere, this also brings its files into the run folder.
-        """
+    def state(cls, job: Job) -> JobState | None:
+        """State of a job that this user has submitted; None if it has ended."""
 
     @classmethod
     @abstractmethod
-    def cancel(cls, folder: RunDir, job: Job) -> list[str]:
-        """Ask a run's job to stop, unless it has ended; return messages."""
+    def cancel(cls, job: Job) -> list[str]:
+        """Ask a job that this user has submitted to stop, unless it has ended; return messages."""
 
     @classmethod
     def node(cls) -> Node | None:
@@ -206,6 +200,7 @@ def claimed(tasks: Iterable[Task]) -> list[list[Command]]:
     for task in tasks:
         try:
             if commands := task.claim():
+                commands[0].folder.refuse_links()
                 claims.append(commands)
         except UserError as error:
             task.result.fail("run", str(error))
@@ -236,20 +231,26 @@ def job_state(run_dir: RunDir, step: str, words: Sequence[str] | None = None) ->
         words: arguments of `recipe` in the job's command; None accepts any job of the step.
 
     Raises:
-        UserError: jobs.json is damaged, or names an unknown backend.
+        UserError: jobs.json is damaged.
     """
     for job in run_dir.jobs():
         if job.step == step and words in (None, job.words):
-            state = _backend_of(run_dir, job).state(run_dir, job)
+            backend = _own_backend(run_dir, job)
+            state = backend.state(job) if backend else JobState("unknown", NOT_ASKED)
             if state:
                 return state
     return None
 
 
-def _backend_of(run_dir: RunDir, job: Job) -> type[Backend]:
-    if job.backend not in BACKENDS:
-        raise UserError(f"no backend is called {job.backend}", file=run_dir.jobs_file, remedy="move the file away")
-    return BACKENDS[job.backend]
+def unfinished_job(run_dir: RunDir, step: str, words: Sequence[str] | None = None) -> JobState | None:
+    """State of the job for one step of a run if its queue has the job; see `job_state`."""
+    state = job_state(run_dir, step, words)
+    return None if state is None or state.kind == "unknown" else state
+
+
+def _own_backend(run_dir: RunDir, job: Job) -> "type[Backend] | None":
+    """Backend to which this user has submitted a job; None for others' jobs, of which nothing is asked."""
+    return BACKENDS.get(job.backend) if run_dir.submitted(job) else None
 
 
 def stop_holders(locks: Iterable[Path]) -> list[str]:
@@ -269,7 +270,8 @@ def cancel(folders: Iterable[RunDir], locks: Iterable[Path] = ()) -> list[str]:
     for folder in folders:
         asked = []
         for job in reversed(folder.jobs()):  # first those that wait for others, and would then start
-            asked += _backend_of(folder, job).cancel(folder, job)
+            if backend := _own_backend(folder, job):
+                asked += backend.cancel(job)
         # ask each run only once: a second request would stop training without a checkpoint
         asked = asked or stop_holders(folder.path.rglob("*lock"))
         messages += [f"{folder.path}: {message}" for message in asked]

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...base import hardware, yamlfiles
 from ...base.errors import UserError
@@ -22,9 +21,6 @@ from ...config.gpus import Gpu, here
 from ...training.run_record import Job, JobState
 from ..rundir import RunDir
 from . import BACKENDS, DOES, DONE, Backend, Command, Task
-
-if TYPE_CHECKING:
-    from ...config.compose import Request
 
 _AGAIN = "run the same command again to continue"
 
@@ -54,7 +50,8 @@ class Local(Backend):
             raise UserError(f"--jobs {jobs}: each job needs its own GPU; {len(visible)} available on this machine")
         self.devices = visible[:jobs]  # the GPU of each job; None leaves the choice to the run
 
-    def gpu(self, request: "Request") -> Gpu | None:
+    @property
+    def gpu(self) -> Gpu | None:
         """The first GPU of this machine."""
         return here()
 
@@ -103,12 +100,12 @@ class Local(Backend):
         return []
 
     @classmethod
-    def state(cls, folder: RunDir, job: Job) -> JobState | None:
+    def state(cls, job: Job) -> JobState | None:
         """None: a run on this machine has a lock instead of a job."""
         return None
 
     @classmethod
-    def cancel(cls, folder: RunDir, job: Job) -> list[str]:
+    def cancel(cls, job: Job) -> list[str]:
         """Nothing: see `state`."""
         return []
 

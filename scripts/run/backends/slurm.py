@@ -12,10 +12,8 @@ import shlex
 import sys
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
-from getpass import getuser
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING
 
 from ...base import paths
 from ...base.errors import UserError, WorkFailed, require_plain
@@ -39,9 +37,6 @@ from .slurm_cluster import (
     settings_file,
     state_of,
 )
-
-if TYPE_CHECKING:
-    from ...config.compose import Request
 
 GRACE = 300  # training stops at a checkpoint this many seconds before the limit; --on slurm,signal=… changes it
 
@@ -68,7 +63,8 @@ class Slurm(Backend):
         if submits:
             require_answer()
 
-    def gpu(self, request: "Request") -> Gpu | None:
+    @property
+    def gpu(self) -> Gpu | None:
         """GPU in the cluster's settings, or None."""
         return self._gpu
 
@@ -130,12 +126,12 @@ class Slurm(Backend):
             batch.submit("evaluate", commands, f"afterok:{job}" if job else None)
 
     @classmethod
-    def state(cls, folder: RunDir, job: Job) -> JobState | None:
+    def state(cls, job: Job) -> JobState | None:
         """State of a job; unknown if SLURM does not answer."""
         return state_of(job)
 
     @classmethod
-    def cancel(cls, folder: RunDir, job: Job) -> list[str]:
+    def cancel(cls, job: Job) -> list[str]:
         """Cancel a job; training reaches a checkpoint if SLURM's setting KillWait gives it enough time."""
         state = state_of(job)
         if state is None or not state.job:
@@ -240,7 +236,7 @@ class Batch:
         say(f"job {job}: {step}, {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}; {file}")
         for i, task in enumerate(tasks):
             id_ = f"{job}_{i}"
-            job_of_task = Job(backend=NAME, id=id_, step=step, user=getuser(), script=str(file), words=task.words)
+            job_of_task = Job(backend=NAME, id=id_, step=step, script=str(file), words=task.words)
             task.folder.add_job(job_of_task)
             task.result.steps[step] = f"queued (job {id_})"
         forget_queue()

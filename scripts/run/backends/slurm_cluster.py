@@ -113,30 +113,30 @@ def _cluster(content: Config, where: str) -> Cluster:
 
 def state_of(job: Job) -> JobState | None:
     """State of a job; None if it has ended, and unknown if SLURM does not answer."""
-    states = queue(job.user)
+    states = queue()
     if isinstance(states, UserError):
         say_once(str(states))
-        return JobState("unknown")
+        return JobState("unknown", "unknown: the queue does not answer")
     return states.get((job.id, job.script))
 
 
-def queue(user: str) -> dict[tuple[str, str], JobState] | UserError:
-    """States of a user's unfinished jobs, each under its pair of id and script; or an error. Cached for a minute."""
-    return _queue(user, int(time.monotonic() / 60))
+def queue() -> dict[tuple[str, str], JobState] | UserError:
+    """States of this user's unfinished jobs, each under its pair of id and script; or an error. Cached for a minute."""
+    return _queue(int(time.monotonic() / 60))
 
 
 def require_answer() -> None:
     """Raise UserError if SLURM does not answer: a queued run could then be submitted again."""
-    if isinstance(error := queue(getuser()), UserError):
+    if isinstance(error := queue(), UserError):
         raise error
 
 
-@lru_cache(maxsize=16)  # one runs folder can have runs of several users
-def _queue(user: str, minute: int) -> dict[tuple[str, str], JobState] | UserError:
+@lru_cache(maxsize=1)
+def _queue(minute: int) -> dict[tuple[str, str], JobState] | UserError:
     # %i is a task's id, such as 12_0; -r prints one line per task; %o, the script, can contain any character
     form = "--format=%i|%T|%r|%o"
     try:
-        shown = ask("squeue", f"--user={user}", "--noheader", "-r", form)
+        shown = ask("squeue", f"--user={getuser()}", "--noheader", "-r", form)
     except UserError as error:
         return error
     lines = (line.split("|", 3) for line in shown.splitlines() if line.count("|") >= 3)
