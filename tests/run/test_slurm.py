@@ -1,6 +1,7 @@
 """The command with `--on slurm`, on a real SLURM: arrays, dependencies, requeues, time limits, cancelling."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,10 +140,20 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(tmp_p
     slurm.wait_until_empty(20)  # what prepares the rows is cancelled too
 
 
-def test_cancelling_a_sweep_takes_it_out_of_the_queue(recipe, tmp_path, tiny_profile, slurm):
+def test_only_their_submitter_takes_the_jobs_of_a_sweep_out_of_the_queue(recipe, tmp_path, tiny_profile, slurm):
     rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--metric", "bertscore:none")
     queue = ("--on", "slurm,begin=now+1hour")
     recipe.ok("sweep", NAME, "--set", "lora_r=4,8", *rehearsed, *queue)
+    assert [row["state"] for row in recipe.json("results")] == ["queued"] * 2
+    copies = ("--runs", shutil.copytree(tmp_path / "runs", tmp_path / "copies"))
+    stranger = {"XDG_DATA_HOME": str(tmp_path / "stranger")}  # without the submitter's key
+    for place, environment in ((copies, {}), (copies, stranger), ((), stranger)):
+        listed = orjson.loads(submitted(tmp_path, *place, "results", "--json", **environment))
+        assert [row["state"] for row in listed] == ["created"] * 2
+        assert {text for row in listed for text in row["jobs"].split("; ")} == {
+            f"{step}: state not asked: the job is not yours" for step in ("prepare", "run", "evaluate")
+        }
+        finish(start(tmp_path, *place, "cancel", listed[0]["run"], **environment), code=2)
     assert len(submitted(tmp_path, "cancel", "lora_r").splitlines()) == 5
     for run in rundir.all_runs(tmp_path / "runs"):
         assert wait_for(run, lambda record: record.state == "interrupted").launches == []
