@@ -29,7 +29,8 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(
     r"^(?:\$ |!)?(?:timeout .* 10h )?(?:\.venv/bin/)?(recipe (?!.*--help|--install)\S.*)", re.MULTILINE
 )
-OF_OTHERS = {"--env", "--foreground", "--gres", "--secret"}  # options of timeout, sbatch and SkyPilot
+# options of timeout, sbatch, SkyPilot and the hub
+OF_OTHERS = {"--env", "--foreground", "--gres", "--secret", "--secrets", "--timeout"}
 
 
 def named(page: Path) -> str:

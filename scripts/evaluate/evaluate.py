@@ -21,8 +21,9 @@ from ..metrics import registry
 from ..metrics.bertscore import is_recorded
 from ..metrics.metric import NO_LOSSES, BenchmarkMetric, Column, EvalLosses, LossMetric, ScoringInput
 from ..run import trust
-from ..run.rundir import RunDir, summarise
+from ..run.rundir import RunDir
 from ..training.run_record import FileState, Run, Summary
+from ..training.summary import summarise
 from ..training.trackers import add_scores
 from . import benchmarks, evaluation_rows
 from .engines import ENGINES

@@ -26,7 +26,8 @@ from ..config import datafiles, merging
 from ..config.finding import FIRST_LOSS, MODEL, SIGNALS, Finding
 from ..config.gpus import CPU_RANKS
 from ..training.run_record import FORCED, STOP_AT, Ended, FileState, Launch, Provenance, Run, State, collect
-from .rundir import Node, RunDir, summarise, this_job
+from ..training.summary import summarise
+from .rundir import Node, RunDir, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
 _KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)

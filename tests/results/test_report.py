@@ -22,10 +22,11 @@ from qlora_recipes.config.merging import Difference, Override, Source
 from qlora_recipes.data import studies
 from qlora_recipes.evaluate import evaluation_rows
 from qlora_recipes.results.reports import report, report_figures, report_runs
-from qlora_recipes.run.rundir import RunDir, summarise
+from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.study.sweep import Sweep, Trial
 from qlora_recipes.training.row_types import row_type
 from qlora_recipes.training.run_record import Summary
+from qlora_recipes.training.summary import summarise
 
 STUDY = studies.find("haider2024")
 QUESTIONS = {"field_instruction": "question", "field_output": "answer"}

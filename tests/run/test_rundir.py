@@ -14,6 +14,7 @@ from qlora_recipes.base.terminal import TrainingProgress
 from qlora_recipes.run import rundir
 from qlora_recipes.run.rundir import RunDir
 from qlora_recipes.training.run_record import Run
+from qlora_recipes.training.summary import summarise
 
 
 def a_run(path: Path, **fields: Any) -> RunDir:
@@ -58,7 +59,7 @@ def test_metrics_are_read_past_damage_and_count_a_repeated_step_once(tmp_path):
     lines = [b'{"step":1,"loss":3.0}', b'{"step":2,"loss":2.0}', b"[]", b"{}", b'{"step":2,"eval_loss":2.5}']
     write_metrics(run, *lines, b'{"step":2,"loss":1.9}', b'{"step":3,"max_steps":3}', b'{"step":3,"lo')
     assert [record.get("loss", record.get("eval_loss")) for record in run.read_metrics()] == [3.0, 1.9, 2.5, None]
-    assert rundir.summarise(run.read_metrics()).step == 3
+    assert summarise(run.read_metrics()).step == 3
 
 
 def test_a_nan_loss_is_shown_and_becomes_null(tmp_path, capsys):
@@ -74,7 +75,7 @@ def test_a_nan_loss_is_shown_and_becomes_null(tmp_path, capsys):
     progress.read()
     assert capsys.readouterr().err == "  step 0: eval loss 2.100\n  step 1: eval loss nan\n"
     assert progress.note == "loss nan  rate 1.00e-01"
-    summary = rundir.summarise(run.read_metrics())
+    summary = summarise(run.read_metrics())
     assert summary.eval_loss_first == 2.0
     assert summary.eval_loss is None
     assert summary.eval_loss_per_token_first == 2.1
@@ -131,6 +132,8 @@ import os, signal, sys
 from pathlib import Path
 from qlora_recipes.run import rundir
 from qlora_recipes.training.run_record import Run
+from qlora_recipes.training.summary import summarise
+from qlora_recipes.training.summary import summarise
 
 with rundir.new_run(Path(sys.argv[1]), "0123456") as (folder, part):
     part.write(Run(recipe="r", recipe_file="r", recipe_sha256="x", cwd="/"))

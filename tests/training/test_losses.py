@@ -10,9 +10,10 @@ from datasets import Dataset
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.config import datafiles, merging
-from qlora_recipes.run.rundir import PLUGIN, RunDir, summarise
+from qlora_recipes.run.rundir import PLUGIN, RunDir
 from qlora_recipes.training.losses import scored_tokens
 from qlora_recipes.training.run_record import EvalTokens
+from qlora_recipes.training.summary import summarise
 
 ROWS = 7  # so that the last batch is not full
 PACKED = {"sample_packing": True, "pad_to_sequence_len": True, "sequence_len": 1024}

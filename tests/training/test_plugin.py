@@ -17,10 +17,11 @@ from qlora_recipes.base.files import tensor_shapes
 from qlora_recipes.base.terminal import TrainingProgress
 from qlora_recipes.config import merging
 from qlora_recipes.run import launch
-from qlora_recipes.run.rundir import PLUGIN, RunDir, summarise
+from qlora_recipes.run.rundir import PLUGIN, RunDir
 from qlora_recipes.training import run_record
 from qlora_recipes.training.run_plugin import RunCallback, RunPlugin
 from qlora_recipes.training.signals import Findings, Signals
+from qlora_recipes.training.summary import summarise
 
 USE_CPU = "test_plugin.UseCpuOnly"
 TRAINER = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[]))

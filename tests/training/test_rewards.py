@@ -15,9 +15,10 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import read_rows, write_rows
 from qlora_recipes.config import datafiles
 from qlora_recipes.metrics import registry
-from qlora_recipes.run.rundir import PLUGIN, RunDir, all_runs, summarise
+from qlora_recipes.run.rundir import PLUGIN, RunDir, all_runs
 from qlora_recipes.training.rewards import scored_pairs
 from qlora_recipes.training.run_record import EvalTokens
+from qlora_recipes.training.summary import summarise
 from qlora_recipes.training.tokens import Tokenizer
 
 BETA = 0.1
