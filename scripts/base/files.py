@@ -27,6 +27,8 @@ from .paths import absence
 JsonObject = dict[str, Any]
 Row = JsonObject
 _MOST_LEVELS = 100  # of JSON; rows and records have fewer than ten
+MOST_BYTES = 1 << 30
+"""Size of the largest file that is read whole: another user's could fill the memory."""
 
 
 @contextmanager
@@ -102,13 +104,17 @@ def opened(file: Path, mode: str) -> IO[bytes]:
         raise
 
 
-def reading(file: Path) -> BufferedReader:
-    """Open a regular file for reading.
+def reading(file: Path, most: int = sys.maxsize) -> BufferedReader:
+    """Open a regular file of at most `most` bytes for reading.
 
     Raises:
-        OSError: the file cannot be read, or is not a regular file. A FIFO would block, and a device might never end.
+        OSError: the file cannot be read, is larger, or is not regular. A FIFO would block, and a device might not end.
     """
-    return open(file, "rb", opener=_open_regular)
+    stream = open(file, "rb", opener=_open_regular)  # noqa: SIM115 (the caller closes it)
+    if os.fstat(stream.fileno()).st_size > most:
+        stream.close()
+        raise OSError(errno.EFBIG, f"larger than {most / (1 << 20):,.0f} MiB", str(file))
+    return stream
 
 
 def _open_regular(path: str, flags: int, links: int = 0) -> int:
@@ -120,12 +126,12 @@ def _open_regular(path: str, flags: int, links: int = 0) -> int:
 
 
 def read_bytes(file: Path) -> bytes:
-    """Content of a regular file.
+    """Content of a regular file of at most MOST_BYTES.
 
     Raises:
         OSError: see `reading`.
     """
-    with reading(file) as stream:
+    with reading(file, MOST_BYTES) as stream:
         return stream.read()
 
 
@@ -180,12 +186,15 @@ def read_rows(file: Path, fields: Sequence[str] = (), hint: str = "") -> list[Ro
     """Read the rows of a JSONL file; every row must have the given text fields.
 
     Raises:
-        UserError: the file is missing (the message ends with `hint`) or empty, or a row lacks a field.
+        UserError: the file is missing (the message ends with `hint`), too large or empty, or a row lacks a field.
     """
     if not file.is_file():
         raise UserError(absence(file, hint), file=file)
-    with reading(file) as lines:
-        rows = list(json_rows(lines, file, fields))
+    try:
+        with reading(file, MOST_BYTES) as lines:
+            rows = list(json_rows(lines, file, fields))
+    except OSError as error:
+        raise UserError(str(error.strerror), file=file) from None
     if not rows:
         raise UserError("no rows", file=file)
     return rows

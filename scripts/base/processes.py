@@ -8,10 +8,12 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ def held(file: Path, otherwise: str, timeout: float = LOOK) -> Iterator[int]:
                 ) from None
             with suppress(OSError):  # a full disk cannot record the holder
                 os.ftruncate(lock.fileno(), 0)
-                os.write(lock.fileno(), f"{platform.node()} {os.getpid()} {_started(os.getpid())}".encode())
+                os.write(lock.fileno(), f"{platform.node()} {os.getpid()}".encode())
             yield lock.fileno()
             return
 
@@ -88,18 +90,19 @@ def is_held(file: Path) -> bool:
 
 
 def holder(file: Path) -> int | None:
-    """Recorded process id of a lock's holder; None if no process here holds the lock."""
+    """Recorded process id of a lock's holder; None if no process of this user on this machine holds the lock.
+
+    Another user could write any process id into the file, so the process must have the file open.
+    """
     with suppress(OSError, ValueError, UserError):
         with opened(file, "rb") as lock:
-            host, pid, started = lock.read().decode().split()
-        if host == platform.node() and started == _started(int(pid)) and is_held(file):
-            return int(pid)
+            host, pid = lock.read(300).decode().split()
+        if host == platform.node() and is_held(file):
+            for descriptor in Path(f"/proc/{int(pid)}/fd").iterdir():
+                with suppress(OSError):  # closed in the meantime, or no file
+                    if descriptor.samefile(file):
+                        return int(pid)
     return None
-
-
-def _started(pid: int) -> str:
-    """Start time of a process, to detect a reused process id."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
@@ -168,28 +171,47 @@ def start_child(command: list[str], **options: Any) -> "subprocess.Popen[bytes]"
 def bounded(text: str) -> Iterator[None]:
     """Interrupt the use of a pattern or template by another author that takes too much time or memory.
 
-    Python's own loops and its `re` notice signals. Of the memory, only writable pages of this process count.
+    Python's own loops and its `re` notice signals; outside the main thread, which alone gets them, only loops are
+    interrupted. Of the memory, only writable pages of this process count.
 
     Args:
-        text: the pattern or template; later calls refuse it at once.
+        text: the pattern or template, or its file; later calls refuse it at once.
 
     Raises:
         UserError: it takes more than `SECONDS` or `MEMORY`.
     """
+    exceeded = UserError(f"takes more than {SECONDS} s or {MEMORY >> 20} MiB", key=text[:60])
+    if text in _exceeding:
+        raise exceeded
     limits = resource.getrlimit(resource.RLIMIT_DATA)
-    signal.signal(signal.SIGALRM, _time_out)
+    stop = _interrupted_later()
     try:
-        if text in _exceeding:
-            raise MemoryError
         resource.setrlimit(resource.RLIMIT_DATA, (psutil.Process().memory_info().data + MEMORY, limits[1]))
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
         yield
     except MemoryError:
         _exceeding.add(text)
-        raise UserError(f"takes more than {SECONDS} s or {MEMORY >> 20} MiB", key=text[:60]) from None
+        raise exceeded from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        stop()
         resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+def _interrupted_later() -> Callable[[], object]:
+    """Raise a MemoryError in this thread after SECONDS, unless the returned function is called before."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGALRM, _time_out)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        return partial(signal.setitimer, signal.ITIMER_REAL, 0)
+    thread, interrupt = ctypes.c_ulong(threading.get_ident()), ctypes.pythonapi.PyThreadState_SetAsyncExc
+    timer = threading.Timer(SECONDS, partial(interrupt, thread, ctypes.py_object(MemoryError)))
+
+    def stop() -> None:
+        timer.cancel()
+        timer.join()
+        interrupt(thread, None)  # takes back an error that has not been raised yet
+
+    timer.start()
+    return stop
 
 
 def _time_out(*_: object) -> None:

@@ -15,7 +15,9 @@ from shutil import get_terminal_size
 from typing import Any, Self
 
 import orjson
+import typer
 
+from .errors import UserError
 from .files import Row, parse_json, reading
 from .secrets import masked
 
@@ -33,6 +35,20 @@ def prepare_environment() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # CUDA numbers GPUs as the driver does
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
+def require_consent(question: str, yes: bool) -> None:
+    """Ask before something that cannot be undone.
+
+    Raises:
+        UserError: there is no terminal to ask at, and --yes is not given.
+        typer.Abort: the answer is no.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError("not asked without a terminal", key=question, remedy="add --yes")
+    typer.confirm(question, abort=True, err=True)
 
 
 def harmless(text: str) -> str:

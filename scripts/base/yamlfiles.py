@@ -75,6 +75,7 @@ _Dumper.add_representer(Written, lambda dumper, number: dumper.represent_scalar(
 _PLAIN = (type(None), bool, int, float, str, list, dict)
 _MOST_VALUES = 100_000  # a config has about a hundred values; nested aliases can expand a short text to millions
 _MOST_LEVELS = 50
+_MOST_BYTES = 100 << 20
 
 
 def parse(text: str, file: Path | str = "", loader: Any = _Loader, option: str = "") -> Any:
@@ -181,10 +182,10 @@ def read_text(file: Path) -> str:
     """A text file's content.
 
     Raises:
-        UserError: the file cannot be read or is not UTF-8.
+        UserError: the file cannot be read, has more than `_MOST_BYTES`, or is not UTF-8.
     """
     try:
-        with io.TextIOWrapper(reading(file), encoding="utf-8") as stream:
+        with io.TextIOWrapper(reading(file, _MOST_BYTES), encoding="utf-8") as stream:
             return stream.read()
     except OSError as error:
         raise UserError(str(error.strerror), file=file) from None

@@ -12,7 +12,7 @@ import orjson
 
 from ..base import yamlfiles
 from ..base.errors import UserError
-from ..base.files import Row, json_rows, parse_json
+from ..base.files import Row, json_rows, parse_json, reading
 from ..base.yamlfiles import Config
 from ..config import datafiles, models
 from ..config.datafiles import DatasetRef
@@ -83,7 +83,7 @@ Place = tuple[str, int]
 
 def lines_of(file: Path) -> Iterator[tuple[Place, bytes]]:
     """Lines of a file that are not blank, each with its place."""
-    with file.open("rb") as stream:
+    with reading(file) as stream:
         for number, line in enumerate(stream, start=1):
             if line.removeprefix(codecs.BOM_UTF8).strip():
                 yield (str(file), number), line

@@ -10,7 +10,7 @@ from ..base import paths, tables
 from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.hub import importing_axolotl
-from ..base.terminal import Bar, say
+from ..base.terminal import Bar, require_consent, say
 from .help import RecipeCommand, name_of, rehearse_option, suggest
 from .options import (
     Force,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..run.rundir import RunDir
 
 commands = typer.Typer(rich_markup_mode=None)
-_QUERY = "--where, --sort, --columns, --limit or --csv"
+_QUERY = "--where, --sort, --columns, --limit, --csv or --raw-csv"
 
 
 def _columns_option(option: str, help: str) -> Any:
@@ -73,7 +73,12 @@ def results_command(
     by: Annotated[
         str, typer.Option(metavar="METRIC", help="For a sweep: metric of the best trial; default: the eval loss.")
     ] = "",
-    csv: Annotated[bool, typer.Option("--csv", rich_help_panel="Output", help="Print runs as CSV.")] = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", rich_help_panel="Output", help="Print runs as CSV, which spreadsheets can open.")
+    ] = False,
+    raw_csv: Annotated[
+        bool, typer.Option("--raw-csv", rich_help_panel="Output", help="The same, without ' before formulas.")
+    ] = False,
     export: Annotated[
         str | None,
         typer.Option(
@@ -85,8 +90,8 @@ def results_command(
     json: Json = False,
 ) -> None:
     """Show losses and scores of runs, a study or a sweep, or compare runs."""
-    refuse_together({"--json": json, "--csv": csv})
-    is_query = (where, sort, columns, limit, csv) != ("", [], [], -1, False)
+    refuse_together({"--json": json, "--csv": csv, "--raw-csv": raw_csv})
+    is_query = (where, sort, columns, limit, csv or raw_csv) != ("", [], [], -1, False)
     refuse_together({" ".join(names) or _QUERY: names or is_query, "--export": export})
     refuse_together({_QUERY: is_query, "--metric": metric, "--rehearse": rehearse})
     refuse_without("--metric", metric, "two or more runs", len(names) > 1)
@@ -95,9 +100,14 @@ def results_command(
     if export:
         _export(export)
     elif is_query:
+        from ..results import query
         from ..results.query import Query
 
-        _show_query(names, Query(where, sort, columns, limit), csv, json)
+        asked = Query(where, sort, columns, limit)
+        if csv or raw_csv:
+            query.print_csv(names, asked, raw_csv)
+        else:
+            _show_query(names, asked, json)
     elif names and paths.is_study(names[0]) and Path(names[-1]).is_file():
         from ..data import studies
         from ..results import public_records
@@ -109,7 +119,7 @@ def results_command(
         _show_runs(names, metric, json)
 
 
-def _show_query(names: list[str], asked: "Query", csv: bool, json: bool) -> None:
+def _show_query(names: list[str], asked: "Query", json: bool) -> None:
     from ..results import listing, query
     from ..run.rundir import RunDir
 
@@ -118,7 +128,7 @@ def _show_query(names: list[str], asked: "Query", csv: bool, json: bool) -> None
     elif json:
         listing.show([RunDir(Path(row["run"])) for row in query.table(names, asked)], json)
     else:
-        query.show(names, asked, csv)
+        query.show(names, asked)
 
 
 def _show_runs(names: list[str], metrics: list[str], json: bool) -> None:
@@ -271,6 +281,7 @@ def publish_command(
             metavar="OWNER/NAME", help="Open a pull request to this evaluated adapter, with its benchmarks' scores."
         ),
     ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before an upload.")] = False,
     force: Force,
 ) -> None:
     """Write a run's model card; with options, also merge or upload the adapter."""
@@ -281,6 +292,8 @@ def publish_command(
     refuse_together({"--gguf": gguf, "--push": push, "--pr": pr})
     refuse_together({"--merge": merge, "--pr": pr})
     run_dir = find_run(run, paths.runs())
+    if repository := push or pr:
+        require_consent(f"Upload to {repository}?", yes)
     if pr:
         print(publish.propose(run_dir, pr))
         return

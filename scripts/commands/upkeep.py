@@ -1,7 +1,6 @@
 """The commands doctor, remove, render and study."""
 
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,7 @@ import typer
 
 from ..base import paths, tables
 from ..base.errors import UserError, WorkFailed, meant
-from ..base.terminal import Bar, say, warn
+from ..base.terminal import Bar, require_consent, say, warn
 from .help import RecipeCommand, RecipeGroup, suggest
 from .options import Force, Json, RunNames, StudyName, complete_studies, refuse_together, several_arguments
 
@@ -40,23 +39,22 @@ def remove_command(
     from ..base.hardware import GIB
     from ..results import export_records
     from ..run import remove
-    from ..run.rundir import find_run
 
-    places = {}
-    for name in names:
-        folder = find_run(name, paths.runs())
+    folders = {folder.path.resolve(): folder for folder in map(remove.find, names)}
+    places, total = {}, 0
+    for folder in folders.values():
         if not checkpoints:
             export_records.refuse_recorded(folder)
         places[folder] = remove.removable(folder, checkpoints)
-    total = 0
-    for place in chain.from_iterable(places.values()):
-        size = remove.size(place)
+        size = sum(map(remove.size, places[folder]))
         total += size
-        print(f"{place}: {size / GIB:.2f} GiB")
+        print(f"{folder.path}: {size / GIB:.2f} GiB")
+        foreign = sorted({*folder.path.iterdir()} - {*places[folder]})
+        if foreign and not checkpoints:
+            say(f"{folder.path}: not of the run, so kept: {', '.join(file.name for file in foreign)}")
     if not total:
         raise UserError("there is nothing to remove", key=" ".join(names))
-    if not yes:
-        typer.confirm("Remove these folders?", abort=True, err=True)
+    require_consent("Remove?", yes)
     for folder, removed in places.items():
         remove.remove(folder, removed)
     say(f"freed: {total / GIB:.2f} GiB")

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from ..base import hub, paths
 from ..base.errors import UserError
-from ..base.files import sha256
+from ..base.files import reading, sha256
 from ..base.processes import bounded
 from ..base.yamlfiles import Config
 from ..data import studies
@@ -407,7 +407,7 @@ def count_rows(path: Path) -> int:
 
 @lru_cache
 def _count_rows(path: Path, mtime_ns: int, size: int) -> int:
-    with path.open("rb") as stream:
+    with reading(path) as stream:
         return sum(1 for line in stream if line.strip())
 
 

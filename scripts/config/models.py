@@ -379,7 +379,7 @@ def chat_template(folder: Path) -> str | None:
     """Chat template in a model's folder, from a template file or tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8", errors="replace")
+        return read_bytes(file).decode(errors="replace")
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         template = _default_template(template)

@@ -11,7 +11,7 @@ from typing import Self
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean, recipe_command
-from ..base.files import Row, read_json, sha256
+from ..base.files import Row, read_bytes, read_json, sha256
 from ..base.run_files import MADE_FROM, RunFile
 from ..base.secrets import without_secrets
 from ..base.terminal import say
@@ -72,7 +72,7 @@ class Base:
         base = cls(recipe, str(folder))
         merged = Path(base.model, MADE_FROM)
         trained = (read_json(folder / RunFile.RECORD).get("adapter") or {}).get("sha256")
-        if merged.is_file() and merged.read_text() == trained:
+        if merged.is_file() and read_bytes(merged).decode(errors="replace") == trained:
             return replace(base, adapter=trained)
         return base
 

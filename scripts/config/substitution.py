@@ -12,7 +12,7 @@ from itertools import starmap
 from pathlib import Path
 
 from ..base import paths
-from ..base.files import Row, read_rows, write_rows
+from ..base.files import Row, read_rows, reading, write_rows
 from ..base.hub import importing_axolotl
 from ..base.processes import make_once
 from ..base.terminal import say
@@ -190,7 +190,7 @@ def _token_bound(file: Path) -> int:
 
     Assumes that a token has at least two bytes.
     """
-    with file.open("rb") as lines:
+    with reading(file) as lines:
         longest = max(map(len, lines))
     return -(-longest // 512) * 256
 

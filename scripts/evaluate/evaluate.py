@@ -250,6 +250,8 @@ def resolve(run_dir: RunDir, request: EvaluationRequest) -> EvaluationPlan:
     source, without_rows = _source(run_dir, run, request, default, _predicts(without_answers))
     if without_rows:
         columns = without_answers
+    elif not request.data:
+        trust.refuse_rows(run_dir, run, source.local_files(Path(run.cwd)), request.force)
     settings = EvaluationSettings(
         base_model=_base_model(run, cfg),
         adapter=adapter,

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass, replace
 from heapq import nsmallest
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import orjson
 
 from ..base.errors import UserError
-from ..base.files import JsonObject, Row, digest, json_rows, read_rows, sha256, write_rows
+from ..base.files import JsonObject, Row, digest, json_rows, read_rows, reading, sha256, write_rows
 from ..base.hub import importing_axolotl
 from ..base.run_files import RunFile
 from ..base.terminal import say
@@ -60,6 +60,18 @@ class RowSource:
     datasets: list[DatasetRef]
     file: Path | None = None
     held_out: bool = False
+
+    def local_files(self, folder: Path) -> list[Path]:
+        """Files on this machine with the rows.
+
+        Args:
+            folder: the folder that the data sets' paths are relative to.
+        """
+        if self.file:
+            return [self.file]
+        with chdir(folder if folder.is_dir() else "."):
+            files = chain.from_iterable(datafiles.present_files(dataset.entry) for dataset in self.datasets)
+            return [file.absolute() for file in files]
 
 
 @dataclass(frozen=True)
@@ -282,8 +294,10 @@ def _in_words(datasets: list[DatasetRef], folder: Path) -> str:
 def _loaded_rows(source: RowSource, rows_file: Path) -> list[tuple[DatasetRef, Row]]:
     """Rows that `_load` wrote, each with its data set."""
     by_key = {dataset.key: dataset for dataset in source.datasets}
-    with rows_file.open("rb") as lines:
-        return [(by_key[line["dataset"]], line["row"]) for line in json_rows(lines, rows_file, ("dataset",))]
+    try:
+        return [(by_key[line["dataset"]], line["row"]) for line in read_rows(rows_file, ("dataset",))]
+    except KeyError:  # written for other data sets
+        raise UserError("damaged", file=rows_file, remedy="move it away") from None
 
 
 def _load(source: RowSource, rows_file: Path, run: Run, cfg: Config) -> None:
@@ -329,7 +343,7 @@ def trained_positions(test: EvaluationRows, run: Run, cfg: Config) -> list[int] 
         if file is None:
             return None
         kind = row_type(dataset.entry)
-        with file.open("rb") as lines:
+        with reading(file) as lines:
             rows = islice(json_rows(lines, file, ()), datafiles.first_rows(dataset.entry))
             trained |= {hash(kind.content_of(row)) for row in rows}
     positions = []

@@ -14,9 +14,9 @@ from typing import Annotated
 from pydantic import Field
 
 from ..base.errors import UserError, WorkFailed
-from ..base.files import Row
+from ..base.files import Row, reading
 from ..base.terminal import warn_once
-from .execution_worker import Query
+from .execution_worker import MEMORY, Query
 from .metric import METRICS, Pair, Parameters, RowMetric
 
 MOST_TEXT = 100_000
@@ -63,6 +63,9 @@ class ExecutionMetric(RowMetric):
                 f"warning: {self.name}: {len(failed)} of {len(rows)} expected queries fail, so their rows score 0 "
                 f"({failed[0]}); correct the queries or `databases`"
             )
+        if None in verdicts:
+            limits = f"{_limits(parameters.seconds)} and score 0"
+            warn_once(f"warning: {self.name}: {verdicts.count(None)} of {len(rows)} predicted queries exceed {limits}")
         return [100.0 if verdict is True else 0.0 for verdict in verdicts]
 
     def require(self, rows: Iterable[Row], parameters: ExecutionParameters) -> None:
@@ -95,14 +98,14 @@ def database_files(row: Row, parameters: ExecutionParameters) -> list[Path]:
         raise UserError("execution: no databases", key="databases", remedy=remedy)
     place = Path(parameters.databases)
     if place.is_file():
-        return [place]
+        return [_complete(place)]
     name = str(row.get("database") or "")
     files = [place / f"{name}.sqlite"]
     if name and (place / name).is_dir():
         files = sorted((place / name).glob("*.sqlite"))
     # a row's text is not to lead out of the folder
-    if Path(name).name == name and name and files and all(map(Path.is_file, files)):
-        return files
+    if Path(name).name == name and name not in ("", "..") and files and all(map(Path.is_file, files)):
+        return [*map(_complete, files)]
     problem = f"no SQLite file of the database {name}"
     if not name:
         problem = "the row has no field database, which names one"
@@ -110,22 +113,49 @@ def database_files(row: Row, parameters: ExecutionParameters) -> list[Path]:
     raise UserError(problem, file=place, key="databases", remedy=remedy)
 
 
-def judged(queries: Iterable[Query]) -> list[bool | str]:
-    """Results of `judge` in a worker process; a query that ends it is wrong, and the next one has a new process."""
-    verdicts: list[bool | str] = []
+def _complete(file: Path) -> Path:
+    """A SQLite file without changes in a log or journal beside it, because queries read only the file itself.
+
+    Raises:
+        UserError: there are such changes.
+    """
+    for ending in ("-wal", "-journal"):
+        log = file.with_name(file.name + ending)
+        if log.is_file() and any(_first_bytes(log)):  # zeros once the changes are finished
+            remedy = f"close the program that uses it, then run `sqlite3 {file} 'PRAGMA journal_mode = DELETE'`"
+            raise UserError(f"has unfinished changes in {log.name}", file=file, key="databases", remedy=remedy)
+    return file
+
+
+def _first_bytes(file: Path) -> bytes:
+    with reading(file) as stream:
+        return stream.read(8)
+
+
+def judged(queries: Iterable[Query]) -> list[bool | str | None]:
+    """Verdicts of `judge` in a worker process; after a query that ends it, the next one has a new process.
+
+    None stands for a predicted query that ends it, by exceeding a limit; such an expected query has failed.
+    """
+    verdicts: list[bool | str | None] = []
     worker = _start()
     for query in queries:
-        verdict = False
+        verdict: bool | str | None = False
         if query.prediction.strip() and len(query.prediction) <= MOST_TEXT:
-            answer = _ask(worker, query)
-            if answer:
-                verdict = json.loads(answer)
-            else:
+            expected, *predicted = _ask(worker, query)
+            verdict = json.loads(expected) if expected else f"exceeds {_limits(query.seconds)}"
+            if predicted:
+                verdict = json.loads(predicted[0]) if predicted[0] else None
+            if not (expected and all(predicted)):
                 _end(worker)
                 worker = _start()
         verdicts.append(verdict)
     _end(worker)
     return verdicts
+
+
+def _limits(seconds: float) -> str:
+    return f"{seconds:g} s or {MEMORY >> 20} MiB"
 
 
 def _start() -> "subprocess.Popen[bytes]":
@@ -136,12 +166,15 @@ def _start() -> "subprocess.Popen[bytes]":
     return worker
 
 
-def _ask(worker: "subprocess.Popen[bytes]", query: Query) -> bytes:
-    """Line of a worker's answer; empty if the worker has ended."""
+def _ask(worker: "subprocess.Popen[bytes]", query: Query) -> list[bytes]:
+    """Lines of a worker's answer, see `judge`; the last one is empty if the worker has ended."""
     assert worker.stdin and worker.stdout
     worker.stdin.write(f"{json.dumps(asdict(query))}\n".encode())
     worker.stdin.flush()
-    return worker.stdout.readline()
+    lines = [worker.stdout.readline()]
+    if lines[0] == b"null\n":
+        lines.append(worker.stdout.readline())
+    return lines
 
 
 def _end(worker: "subprocess.Popen[bytes]") -> None:

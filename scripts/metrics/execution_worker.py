@@ -1,6 +1,6 @@
 """Run SQL queries and compare their results, under limits of time, memory and files.
 
-Models' queries run only in this process. Each line of stdin is a `Query` as JSON, and each line of stdout its verdict.
+Models' queries run only in this process. Each line of stdin is a `Query` as JSON; `judge` yields the lines of stdout.
 A limit can end the process, so it must start fast.
 """
 
@@ -57,13 +57,13 @@ def main() -> None:
     for line in sys.stdin.buffer:
         query = Query(**json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, query.seconds)
-        verdict = json.dumps(judge(query))
+        for verdict in judge(query):
+            print(json.dumps(verdict), flush=True)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(verdict, flush=True)
 
 
-def judge(query: Query) -> bool | str:
-    """True if two queries have equal results in each database; the error if the expected query fails."""
+def judge(query: Query) -> Iterator[bool | str | None]:
+    """Yield the error of the expected query; or None, then True if the results are equal in each database."""
     reference, prediction = query.reference, query.prediction
     if query.spider:
         reference = _by_spiders_rules(reference)
@@ -72,13 +72,17 @@ def judge(query: Query) -> bool | str:
         databases = [_opened(file) for file in query.files] or [_created(query.statements)]
         expected = [_result(database, reference, MOST_ROWS) for database in databases]
     except _FAILURES as error:
-        return f"{type(error).__name__}: {error}"
-    # as in Spider's evaluation: text in a string or a name counts, too
-    ordered = "order by" in reference.lower()
+        yield f"{type(error).__name__}: {error}"
+        return
+    yield None
+    if query.spider:  # as there: text in a string or a name counts, too, and a line end between the words does not
+        ordered = "order by" in reference.lower()
+    else:
+        ordered = any(text.lower().split() == ["order", "by"] for _, text in _tokens(reference))
     predictions: Iterator[str] = iter([prediction])
     if query.plugs_values:
         predictions = chain(predictions, _with_values(reference, prediction))
-    return any(_agrees(databases, expected, text, ordered) for text in predictions)
+    yield any(_agrees(databases, expected, text, ordered) for text in predictions)
 
 
 def _agrees(databases: Sequence[sqlite3.Connection], expected: Sequence[Result], query: str, ordered: bool) -> bool:

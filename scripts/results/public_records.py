@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
 import orjson
-from pydantic import AliasChoices, AliasPath, BaseModel, Field
+from pydantic import AfterValidator, AliasChoices, AliasPath, BaseModel, Field, StringConstraints
 
 from ..base import tables, yamlfiles
 from ..base.errors import UserError
@@ -198,6 +198,18 @@ def _at(*keys: str) -> Any:
     return Field(None, validation_alias=AliasChoices(*(AliasPath(*key.split(".")) for key in keys)))
 
 
+def _bounded(value: Row) -> Row:
+    if len(orjson.dumps(value)) > _MOST_TEXT:
+        raise ValueError("too long")
+    return value
+
+
+_MOST_TEXT, _MOST_SCORES = 10_000, 1000
+Text = Annotated[str, StringConstraints(max_length=_MOST_TEXT)]
+Name = Annotated[str, StringConstraints(max_length=300)]
+Mapping = Annotated[Row, AfterValidator(_bounded)]
+
+
 class PublicScore(BaseModel, validate_default=True):
     """Score in a public record, by this tool or another.
 
@@ -211,14 +223,16 @@ class PublicScore(BaseModel, validate_default=True):
         published: score published for the recipe, if the record compares with it.
     """
 
-    model: str | None = _at("model_info.id")
-    metric: str = _at("metric_config.metric_id", "evaluation_name", "metric_type", "dataset.task_id")
-    on: str = _at("source_data.dataset_name", "dataset_name", "dataset.id")
-    score: float | str = _at("score_details.score", "metric_value", "value")
-    uncertainty: Row | None = _at("score_details.uncertainty")
-    conditions: Row | str | None = _at("score_details.details.conditions", "generation_config", "notes", "dataset_args")
-    recipe: str | None = _at("model_info.additional_details.recipe")
-    published: str | None = _at("score_details.details.published")
+    model: Name | None = _at("model_info.id")
+    metric: Name = _at("metric_config.metric_id", "evaluation_name", "metric_type", "dataset.task_id")
+    on: Name = _at("source_data.dataset_name", "dataset_name", "dataset.id")
+    score: float | Name = _at("score_details.score", "metric_value", "value")
+    uncertainty: Mapping | None = _at("score_details.uncertainty")
+    conditions: Mapping | Text | None = _at(
+        "score_details.details.conditions", "generation_config", "notes", "dataset_args"
+    )
+    recipe: Name | None = _at("model_info.additional_details.recipe")
+    published: Name | None = _at("score_details.details.published")
 
     def verdict_in(self, study: Study) -> str | None:
         """Our verdict, if the record has conditions and states the published score of its recipe."""
@@ -236,14 +250,17 @@ def read(file: Path, study: Study) -> list[Row]:
     """Scores in an Every Eval Ever record (.json), a model card (.md) or a file of `.eval_results`, with our verdicts.
 
     Raises:
-        UserError: the file cannot be read, or has another form.
+        UserError: the file cannot be read, is too large, or has another form.
     """
     scores = []
     try:
-        for row in _rows(file):
+        rows = _rows(file)
+        if len(rows) > _MOST_SCORES:
+            raise UserError(f"more than {_MOST_SCORES:,} scores", file=file)
+        for row in rows:
             score = PublicScore.model_validate(row)
             scores.append({"file": str(file), **score.model_dump(), "verdict": score.verdict_in(study)})
-    except (LookupError, TypeError, ValueError):
+    except (AttributeError, LookupError, TypeError, ValueError):
         problem = "neither an Every Eval Ever record, a model card with `model-index`, nor a file of `.eval_results`"
         raise UserError(problem, file=file) from None
     return scores
@@ -260,6 +277,8 @@ def _rows(file: Path) -> list[Row]:
     if file.suffix != ".md":
         return yamlfiles.parse(text, file)
     front = yamlfiles.parse(text.split("---\n")[1], file)
+    if not front["model-index"]:
+        return []
     _, results = model_index_to_eval_results(front["model-index"])
     return [*map(vars, results)]
 

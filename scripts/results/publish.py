@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..base import hub
 from ..base.errors import UserError, WorkFailed, recipe_command
-from ..base.files import opened, sha256, tensor_shapes, write_atomically
+from ..base.files import opened, read_bytes, sha256, tensor_shapes, write_atomically
 from ..base.hub import importing_axolotl
 from ..base.processes import make_once, start_child
 from ..base.run_files import MADE_FROM, RunFile
@@ -205,7 +205,7 @@ def _write_once(folder: Path, source: str, names: Sequence[str], write: Callable
         write: function that fills a temporary folder.
     """
     marker = folder / MADE_FROM
-    if marker.is_file() and marker.read_text() == source and all((folder / name).is_file() for name in names):
+    if marker.is_file() and read_bytes(marker) == source.encode() and all((folder / name).is_file() for name in names):
         say(f"{folder}: already made")
         return folder
 

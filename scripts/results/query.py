@@ -226,14 +226,30 @@ def _condition(text: str) -> tuple[str, list[str]]:
     return "".join(parts) or "1", names
 
 
-def show(names: Sequence[str], query: Query, csv: bool) -> None:
-    """Print the selected runs as a table or as CSV."""
+def print_csv(names: Sequence[str], query: Query, raw: bool) -> None:
+    """Print the selected runs as CSV.
+
+    Args:
+        names: names of runs.
+        query: the runs and columns.
+        raw: True to leave texts unchanged that a spreadsheet would take for formulas; else they begin with '.
+    """
     rows = [listing.texts(row) for row in table(names, query)]
-    if csv:
-        writer = DictWriter(sys.stdout, [*rows[0]] if rows else query.columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return
+    if not raw:
+        rows = [{name: _without_formula(cell) for name, cell in row.items()} for row in rows]
+    writer = DictWriter(sys.stdout, [*rows[0]] if rows else query.columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _without_formula(cell: Any) -> Any:
+    """A cell, as text if a spreadsheet would take it for a formula; see OWASP, CSV injection."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+
+
+def show(names: Sequence[str], query: Query) -> None:
+    """Print the selected runs as a table."""
+    rows = [listing.texts(row) for row in table(names, query)]
     for row in rows:
         if "run" in row:
             row["run"] = Path(row["run"]).name

@@ -172,10 +172,11 @@ class RunResult:
     def recipe_note(self) -> str | None:
         """Note on a recipe that is missing or has changed since the run began, with the changed settings."""
         note = self.run.recipe_note
-        if note is None or not self.config:
+        file = self.folder.recipe_file(self.run)
+        if note is None or not self.config or file is None:
             return note
         try:
-            present = dict(merging.flatten(read_yaml(self.run.present_recipe)))
+            present = dict(merging.flatten(read_yaml(file)))
         except UserError:  # missing or malformed
             return note
         former = self.config_values | {change.key: change.recipe for change in self.run.differences}

@@ -93,9 +93,9 @@ class Record(_Strict):
 
     version: Literal[3] = 3
     made: Annotated[date, Field(strict=False)]
-    name: str
+    name: Annotated[str, Field(max_length=300)]
     revision: str | None = Field(pattern=r"^[0-9a-f]{40}\+?$")
-    scores: dict[str, Score]
+    scores: Annotated[dict[str, Score], Field(max_length=100)]
     invalidated: Invalidation | None = None
     stage: Literal["predictions", "adapter", "training"]
     rows: int | None = Field(default=None, ge=1)
@@ -108,7 +108,7 @@ class Record(_Strict):
     packages: dict[Package, Version] = {}
     gpus: int = Field(default=1, ge=1)
     gpu: Annotated[str, _known(lambda: [*catalogue(), *(gpu.sm for gpu in catalogue().values())])] | None = None
-    settings: dict[str, float] = {}
+    settings: Annotated[dict[str, float], Field(max_length=100)] = {}
     seed: int | None = None
     seconds: float | None = Field(default=None, ge=0)
     peak_gib: Positive | None = None

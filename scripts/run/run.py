@@ -14,6 +14,7 @@ from ..base import hardware, paths, yamlfiles
 from ..base.errors import UserError, recipe_command
 from ..base.files import sha256, write_atomically
 from ..base.processes import now
+from ..base.signature import signature
 from ..base.terminal import Bar, say, say_once, warn
 from ..base.yamlfiles import Config
 from ..check import check
@@ -21,7 +22,7 @@ from ..config import datafiles, gpus, keys, substitution
 from ..config.compose import Composed, Request, compose, filled, is_rehearsal
 from ..config.finding import DATED, Finding, override_errors, refuse, remaining_errors, unknown_force
 from ..training.run_record import Run, collect
-from . import backends, launch, trust
+from . import backends, launch
 from .backends import Backend, Command, Task, TaskResult
 from .rundir import PLUGIN, RunDir, find_run, new_run, stamped, this_job
 
@@ -138,7 +139,7 @@ def resume(
     if not folder.config_file.is_file():
         remedy = f"restore it, or start a new run with {recipe_command('run', record.recipe)}"
         raise UserError("missing", file=folder.config_file, remedy=remedy)
-    is_own = trust.is_own(folder, record)
+    is_own = folder.is_own(record)
     if not (is_own or trusted):
         raise UserError(
             f"{folder.path}: not created by you on this machine, or changed since; resuming it can run its author's "
@@ -183,7 +184,7 @@ def _record_force(run_dir: RunDir, force: Sequence[str], is_own: bool) -> None:
         with run_dir.held():
             record = run_dir.read()  # a training may have just ended
             record.forced = [*record.forced, *force]
-            record.hmac = trust.hmac_of(run_dir, record)
+            record.hmac = signature(run_dir.hashed(record))
             run_dir.write(record)
 
 
@@ -290,7 +291,7 @@ def create(composed: Composed, request: Request) -> RunDir:
             difference.run = config.get(difference.key, difference.run)
         record = record_of(composed, request)
         write_atomically(part.config_file, yamlfiles.write_yaml(config))
-        record.hmac = trust.hmac_of(part, record)
+        record.hmac = signature(part.hashed(record))
         part.write(record)
     say(f"run {folder.path}")
     log_differences(composed)

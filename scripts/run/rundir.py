@@ -5,7 +5,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -22,7 +22,7 @@ from ..base.processes import LOCK_TIMEOUT, held, is_held
 from ..base.run_files import RunFile
 from ..base.signature import is_signed, signature
 from ..base.terminal import say, warn, warn_once
-from ..base.yamlfiles import Config, read_yaml
+from ..base.yamlfiles import Config, read_text, read_yaml
 from ..training.checkpoints import damage, step_of
 from ..training.run_record import METRICS_RECORD, VERSION, Job, JobState, RecordVersion, Run, State, Summary
 from ..training.summary import is_evaluation, summarise
@@ -154,6 +154,29 @@ class RunDir:
 
     def _signed(self, job: Job) -> list[Any]:
         return [str(self.path.resolve()), job.model_dump(exclude={"hmac"})]
+
+    def is_own(self, run: Run) -> bool:
+        """True if this user created a run, or trusted it with --trust, and its hashed content has not changed since."""
+        with suppress(UserError):  # no readable config
+            return is_signed(self.hashed(run), run.hmac)
+        return False
+
+    def hashed(self, run: Run) -> list[Any]:
+        """Values that a run's hmac covers: config, working directory and overridden findings.
+
+        Raises:
+            UserError: the config is missing or damaged.
+        """
+        return [read_text(self.config_file), run.cwd, run.forced]
+
+    def recipe_file(self, run: Run) -> Path | None:
+        """Present file of a run's recipe, to show its text; None if another user's run.json could name any file."""
+        file = run.present_recipe
+        folders = [recipes for recipes, _ in paths.homes()] + [paths.VARIANTS]
+        if self.is_own(run):
+            folders.append(Path(run.cwd))
+        within = any(file.resolve().is_relative_to(folder.resolve()) for folder in folders)
+        return file if within and file.is_file() else None
 
     def refuse_links(self) -> None:
         """Refuse links of the run's own files and folders that lead out of its folder; commands write through them.

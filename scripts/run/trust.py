@@ -3,39 +3,13 @@
 from collections.abc import Sequence
 from contextlib import chdir
 from pathlib import Path
-from typing import Any
 
-from ..base import paths, yamlfiles
-from ..base.errors import UserError
-from ..base.signature import is_signed, signature
+from ..base import paths
 from ..check import code_rules, schema
 from ..check.rule import Case
-from ..config.finding import override_errors, refuse
+from ..config.finding import Finding, override_errors, refuse
 from ..training.run_record import Run
 from .rundir import RunDir
-
-
-def hmac_of(run_dir: RunDir, record: Run) -> str | None:
-    """Keyed hash of a run's config, working directory and overridden findings; None without a key.
-
-    Only this user can read the key, so that nobody else can create a valid hash.
-
-    Raises:
-        UserError: the config is missing or damaged.
-    """
-    return signature(_signed(run_dir, record))
-
-
-def _signed(run_dir: RunDir, record: Run) -> list[Any]:
-    return [yamlfiles.read_text(run_dir.config_file), record.cwd, record.forced]
-
-
-def is_own(run_dir: RunDir, record: Run) -> bool:
-    """True if this user created a run, or trusted it with --trust, and its hashed content has not changed since."""
-    try:
-        return is_signed(_signed(run_dir, record), record.hmac)
-    except UserError:  # no readable config
-        return False
 
 
 def refuse_code(run_dir: RunDir, record: Run, force: Sequence[str], adapter: str) -> None:
@@ -50,7 +24,7 @@ def refuse_code(run_dir: RunDir, record: Run, force: Sequence[str], adapter: str
     Raises:
         UserError: a finding is not overridden.
     """
-    is_users, config = is_own(run_dir, record), run_dir.config
+    is_users, config = run_dir.is_own(record), run_dir.config
     usable, wrong = schema.usable(config, schema.findings(config))
     case = Case(config, usable, wrong, ask_hub=not record.rehearsal)
     of_adapter = {"lora_model_dir": adapter}
@@ -65,3 +39,20 @@ def refuse_code(run_dir: RunDir, record: Run, force: Sequence[str], adapter: str
     if is_users:
         override_errors(findings, record.forced)
     refuse(findings)
+
+
+def refuse_rows(run_dir: RunDir, record: Run, files: Sequence[Path], force: Sequence[str]) -> None:
+    """Refuse to score rows from elsewhere that another user's run names, unless the user agrees: they are copied.
+
+    Raises:
+        UserError: a file is outside the run's folder, the current one, and those of this project.
+    """
+    allowed = [folder.resolve() for folder in (run_dir.path, Path(), paths.cache(), paths.RECIPES)]
+    file = next((file for file in files if not any(map(file.resolve().is_relative_to, allowed))), None)
+    if file is None or run_dir.is_own(record):
+        return
+    remedy = "name rows with --data, or pass the name in brackets to --force"
+    finding = Finding("error", "without-consent", "rows", f"would copy rows of {file}", remedy)
+    finding.where = paths.shown(run_dir.config_file)
+    override_errors([finding], force)
+    refuse([finding])

@@ -25,7 +25,7 @@ from ..metrics import registry
 from ..metrics.metric import Column
 from ..metrics.registry import need_evaluation
 from ..plan import plan, step_plan
-from ..run import backends, run, trust
+from ..run import backends, run
 from ..run.backends import DONE, FAILED, SKIPPED, Backend, Command, Step, Task, TaskResult
 from ..run.backends.local import Local
 from ..run.rundir import RunDir, all_runs
@@ -449,4 +449,4 @@ def _is_resumable(run_dir: RunDir, former_run: Run) -> bool:
     """
     launches = former_run.launches
     failed_again = former_run.state == "failed" and len(launches) > 1 and not launches[-1].lacked_space
-    return not failed_again and trust.is_own(run_dir, former_run) and run.hindrance(run_dir, former_run) is None
+    return not failed_again and run_dir.is_own(former_run) and run.hindrance(run_dir, former_run) is None

@@ -288,7 +288,7 @@ class Run(RecordVersion):
     profiles: list[str] = []
     overrides: list[Override] = []
     forced: list[str] = []  # names of overridden findings
-    hmac: str | None = None  # see `trust.hmac_of` in run/
+    hmac: str | None = None  # see `RunDir.hashed` in run/
     gpus_used: int = 1  # GPUs per node
     nodes: int = 1
     base: Base | None = None  # whose merged model was the base model

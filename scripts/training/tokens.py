@@ -37,7 +37,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import chat_template_utils
 
 from ..base.errors import UserError, with_type
-from ..base.files import Row, json_rows, write_rows
+from ..base.files import Row, json_rows, reading, write_rows
 from ..base.processes import end_with_parent
 from ..base.terminal import Bar
 from ..base.yamlfiles import Config
@@ -521,7 +521,7 @@ def _placeholders(dataset: Config) -> Row:
         return {}
     first = {}
     for file in datafiles.jsonl_files(dataset)[:1]:
-        with file.open("rb") as lines:
+        with reading(file) as lines:
             first = next(islice(json_rows(lines, file, ()), 1), {})
     placeholders = {name: f"{{{name}}}" for name in kind.names if not first or first.get(name)}
     return placeholders | {kind.reference: ANSWER}

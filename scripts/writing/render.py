@@ -17,6 +17,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import Row, read_json, write_atomically
 from ..base.paths import template_environment
+from ..base.processes import bounded
 from ..base.yamlfiles import Config
 from ..config import models
 from ..data import studies
@@ -151,7 +152,7 @@ def rendered(templates: Path = paths.TEMPLATES, only: Collection[str] = ()) -> d
         Texts by file name below recipes/.
 
     Raises:
-        UserError: a template is broken or uses an undefined variable, or a record is invalid.
+        UserError: a template is broken, uses an undefined variable, or takes too long, or a record is invalid.
     """
     renderer = _Renderer(templates)
     recipes = renderer.recipes()
@@ -209,7 +210,8 @@ class _Renderer:
 
     def _text(self, template: str, **variables: Any) -> str:
         try:
-            return self._jinja.get_template(template).render(template=f"templates/{template}", **variables)
+            with bounded(paths.shown(self.folder / template)):
+                return self._jinja.get_template(template).render(template=f"templates/{template}", **variables)
         except UserError:
             raise
         except Exception as error:  # expressions in templates can raise any exception

@@ -4,6 +4,9 @@ import re
 import resource
 import signal
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,3 +133,27 @@ def test_work_of_another_author_is_bounded(monkeypatch, text, work):
         assert re.fullmatch("a+", "a" * 60)
     assert resource.getrlimit(resource.RLIMIT_DATA) == limits
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_outside_the_main_thread_loops_and_memory_are_bounded(monkeypatch):
+    monkeypatch.setattr(processes, "SECONDS", 0.2)
+    monkeypatch.setattr(processes, "_exceeding", set())
+
+    def refused(text: str, work: Callable[[], object]) -> str:
+        try:
+            with bounded(text):
+                work()
+        except UserError as error:
+            return str(error)
+        return ""
+
+    works = {
+        "a loop": lambda: [0 for _ in range(10**12) if False],
+        "a text": lambda: "a" * 10**10,
+        "easy": lambda: time.sleep(0.1),
+    }
+    with ThreadPoolExecutor(1) as thread:
+        messages = [thread.submit(refused, *work).result() for work in works.items()]
+        thread.submit(time.sleep, 0.2).result()  # no error comes later
+    limits = "takes more than 0.2 s or 256 MiB"
+    assert messages == [f"a loop: {limits}", f"a text: {limits}", ""]

@@ -58,6 +58,8 @@ def test_the_results_count_not_the_text():
                 (TITLES, "select B.title from book as B order by year"),  # any order, because the reference has none
                 ("SELECT id, year FROM book", "SELECT year, id FROM book"),  # any order of columns
                 (f"{TITLES} ORDER BY id", f"{TITLES} ORDER BY year"),  # in order
+                (f"{TITLES} ORDER\nBY id", f"{TITLES} ORDER BY year"),
+                (f"{TITLES} WHERE title <> 'order by'", f"{TITLES} ORDER BY year"),  # no order
                 ("SELECT id FROM book WHERE id > 9", "SELECT title, year FROM book WHERE year > 2000"),  # both empty
                 ("SELECT pages FROM book", "SELECT DISTINCT pages FROM book"),
                 (TITLES, f"{TITLES} WHERE id < 3"),
@@ -68,7 +70,7 @@ def test_the_results_count_not_the_text():
                 (TITLES, f"{TITLES}; {TITLES}"),
             )
         ]
-    ) == [100, 100, 100, 0, 100, 0, 0, 0, 0, 0, 0, 0]
+    ) == [100, 100, 100, 0, 0, 100, 100, 0, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -121,13 +123,14 @@ def test_a_folder_has_databases_by_name_and_all_files_of_one_must_agree(tmp_path
     rows = [row | {"database": "one"}, row | {"database": "suite"}]
     assert scores(rows, databases=str(tmp_path)) == [100, 0]
     messages = []
-    for name in ("two", "../shop", ""):
+    for name in ("two", "../shop", "..", ""):
         with pytest.raises(UserError) as error:
             scores([row | {"database": name}], databases=str(tmp_path))
         messages.append(error.value.problem)
     assert messages == [
         "no SQLite file of the database two",
         "no SQLite file of the database ../shop",
+        "no SQLite file of the database ..",
         "the row has no field database, which names one",
     ]
     with pytest.raises(UserError, match="no databases"):
@@ -186,6 +189,41 @@ def test_a_locked_file_is_read_and_a_damaged_one_is_reported(shop, tmp_path, cap
     assert capsys.readouterr().err == (
         "warning: execution: 1 of 1 expected queries fail, so their rows score 0 (DatabaseError: database disk image "
         "is malformed); correct the queries or `databases`\n"
+    )
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+def test_a_file_with_unfinished_changes_beside_it_is_refused(shop, tmp_path, mode):
+    """A copy made during a transaction, as after a crash: the log or journal is hot."""
+    copy = tmp_path / "copy.sqlite"
+    with closing(sqlite3.connect(shop, isolation_level=None)) as writer:
+        writer.execute(f"PRAGMA journal_mode = {mode}")
+        writer.execute("PRAGMA cache_size = 1")
+        writer.execute("BEGIN")
+        writer.execute("INSERT INTO book SELECT 4, hex(randomblob(9999)), id, id FROM book")
+        writer.execute("COMMIT" if mode == "WAL" else "SELECT 1")
+        for file in list(tmp_path.glob("shop.sqlite*")):
+            (tmp_path / file.name.replace("shop", "copy")).write_bytes(file.read_bytes())
+    log = "copy.sqlite-wal" if mode == "WAL" else "copy.sqlite-journal"
+    with pytest.raises(UserError) as error:
+        score(TITLES, TITLES, databases=str(copy))
+    assert error.value.problem == f"has unfinished changes in {log}"
+    with closing(sqlite3.connect(copy)) as database:  # the remedy
+        database.execute("PRAGMA journal_mode = DELETE")
+        number = len(database.execute(TITLES).fetchall())
+    assert number == (6 if mode == "WAL" else 3)
+    assert score("SELECT count(*) FROM book", f"SELECT {number}", databases=str(copy)) == 100
+
+
+def test_queries_beyond_a_limit_are_counted(capsys):
+    endless = f"{ENDLESS} count(*) FROM n"
+    rows = [{"reference": endless, "prediction": TITLES}, {"reference": TITLES, "prediction": endless}]
+    rows.append({"reference": TITLES, "prediction": TITLES})
+    assert scores([row | {"database_sql": TABLES} for row in rows], seconds=0.3) == [0, 0, 100]
+    assert capsys.readouterr().err == (
+        "warning: execution: 1 of 3 expected queries fail, so their rows score 0 (exceeds 0.3 s or 1024 MiB); correct "
+        "the queries or `databases`\n"
+        "warning: execution: 1 of 3 predicted queries exceed 0.3 s or 1024 MiB and score 0\n"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from run_folders import ADAPTER, a_run
+from run_folders import ADAPTER, a_run, configure
 
 from qlora_recipes.base.files import append_line, write_rows
 from qlora_recipes.run.rundir import RunDir
@@ -134,6 +134,23 @@ def test_an_odd_file_is_named_and_the_other_runs_are_listed(recipe, bad, name, k
     done = recipe.ok("results", "--json")
     assert f"bad/{name}: " in done.stderr
     assert "good" in listed(done.stdout)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "sparse"])
+def test_a_report_ends_whatever_stands_for_the_evaluated_rows(recipe, bad, kind):
+    """Rows that val_set_size held out are in the run's folder, once they are evaluated."""
+    configure(bad, test_datasets=None, val_set_size=0.1, datasets=[{"path": "x", "type": "alpaca"}])
+    row = {"row": 0, "reference": "a", "prediction": "b", "ended": True, "scores": {}}
+    write_rows(bad.path / "predictions.jsonl", [row])
+    odd = bad.path / "evaluation-rows.jsonl"
+    if kind == "fifo":
+        os.mkfifo(odd)
+    elif kind == "device":
+        odd.symlink_to("/dev/zero")
+    else:
+        with odd.open("wb") as stream:
+            stream.truncate(1 << 40)
+    recipe.ok("report", f"{NAME}/bad")
 
 
 @pytest.mark.parametrize(

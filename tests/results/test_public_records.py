@@ -200,6 +200,18 @@ def record_text(uncertainty: dict[str, Any]) -> str:
     return json.dumps({"model_info": model, "evaluation_results": [result]})
 
 
+CARD = """---
+model-index:
+- name: x
+  results:
+  - task: {type: t}
+    dataset: {type: d, name: n}
+    metrics: [{type: a, value: 1}]
+    source: {}
+---
+"""
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -210,6 +222,12 @@ def record_text(uncertainty: dict[str, Any]) -> str:
         ("record.json", record_text({"confidence_interval": {"lower": "4.9", "upper": "5.3"}})),
         ("README.md", "# A model"),
         ("README.md", "---\nlicense: mit\n---\n"),
+        ("README.md", "---\nmodel-index: 5\n---\n"),
+        ("README.md", "---\nmodel-index: [{name: x, results: [{task: 5}]}]\n---\n"),
+        ("README.md", CARD.replace("source: {}", "source: 5")),
+        ("record.json", record_text({}).replace("bleu4", "x" * 301)),
+        ("record.json", record_text({}).replace(MODEL, "x" * 301)),
+        ("record.json", record_text({"confidence_interval": ["x" * 10_000]})),
         ("scores.yaml", "- value: 1"),
         ("scores.yaml", "1"),
     ],
@@ -221,6 +239,20 @@ def test_a_file_of_another_form_is_refused(tmp_path, name, text):
         public_records.read(file, run_folders.STUDY)
     problem = "neither an Every Eval Ever record, a model card with `model-index`, nor a file of `.eval_results`"
     assert str(raised.value) == f"{file}: {problem}"
+
+
+def test_a_card_without_results_has_no_scores_and_a_record_at_most_a_thousand(tmp_path):
+    card_file, record = tmp_path / "README.md", tmp_path / "record.json"
+    card_file.write_text("---\nmodel-index: []\n---\n")
+    assert public_records.read(card_file, run_folders.STUDY) == []
+    content = json.loads(record_text({}))
+    for number, problem in ((1000, None), (1001, "more than 1,000 scores")):
+        record.write_text(json.dumps(content | {"evaluation_results": content["evaluation_results"] * number}))
+        try:
+            assert len(public_records.read(record, run_folders.STUDY)) == number
+            assert problem is None
+        except UserError as error:
+            assert error.problem == problem
 
 
 def test_every_eval_evers_validator_accepts_a_record(run):

@@ -1,6 +1,7 @@
 """Queries of runs: conditions, order, columns, and the names of runs."""
 
 import csv
+import io
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_missing_values_and_rehearsals_come_last(asked, expected):
             "--where 1) union select (1: no function or operator is called select; " + WORDS,
         ),
         (["x*"], "x*: no run matches; `recipe results` lists them"),
-        (["--json", "--csv"], "--json and --csv: give only one of them"),
+        (["--json", "--csv"], "--json, --csv and --raw-csv: give only one of them"),
     ],
 )
 def test_a_mistaken_query_names_the_nearest_and_touches_no_file(recipe, words, message):
@@ -129,6 +130,17 @@ def test_csv_has_the_named_columns_and_changes_with_values(recipe):
     assert [second["eval_loss"], second["changed"]] == ["", "lora_r=auto, learning_rate=null"]
     done = recipe.ok("results", "--columns", "run,lora_target_modules", "--limit", "1", "--csv")
     assert done.stdout == 'run,lora_target_modules\nruns/haider2024/llama-2-7b/1,"[q_proj, k_proj, v_proj, o_proj]"\n'
+
+
+@pytest.mark.parametrize(("option", "mark"), [("--csv", "'"), ("--raw-csv", "")])
+def test_csv_marks_texts_that_a_spreadsheet_would_compute(recipe, option, mark):
+    for number, text in enumerate(("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "x=1"), start=10):
+        a_run(Path("runs"), LLAMA, str(number), 5.0, set={"wandb_name": text, "lora_r": -number})
+    where = ["--where", "wandb_name is not null", "--columns", "wandb_name,lora_r"]
+    rows = [*csv.DictReader(io.StringIO(recipe.ok("results", *where, option).stdout, newline=""))]
+    expected = [*(mark + text for text in ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1")), "x=1"]
+    assert [row["wandb_name"] for row in rows] == expected
+    assert [row["lora_r"] for row in rows] == ["-10", "-11", "-12", "-13", "-14", "-15", "-16"]
 
 
 def test_json_has_settings_times_and_machine_of_a_run(recipe):

@@ -1,5 +1,6 @@
 """Requests to stop for processes on this machine."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -38,13 +39,13 @@ def test_the_holder_of_a_lock_is_asked_to_stop(tmp_path, holding):
     assert stop_holders([tmp_path / ".lock"]) == []  # nobody holds the lock file that it left
 
 
-@pytest.mark.parametrize("record", ["elsewhere {pid} {started}", "{host} {pid} 1", "{host} 1 {started}", ""])
+@pytest.mark.parametrize("record", ["elsewhere {pid}", "{host} 1", "{host} {other}", "{host} none", ""])
 def test_a_lock_that_names_another_process_or_machine_stops_none(tmp_path, holding, record):
     lock = tmp_path / ".lock"
-    host, pid, started = lock.read_text().split()
+    host, pid = lock.read_text().split()
     assert host == platform.node()
     assert pid == str(holding.pid)
-    lock.write_text(record.format(host=host, pid=pid, started=started))
-    (tmp_path / "copy").write_text(f"{host} {pid} {started}")  # without a holder
+    lock.write_text(record.format(host=host, pid=pid, other=os.getpid()))
+    (tmp_path / "copy").write_text(f"{host} {pid}")  # without a holder
     assert stop_holders([lock, tmp_path / "copy", tmp_path / "none"]) == []
     assert holding.poll() is None

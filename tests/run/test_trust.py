@@ -9,7 +9,11 @@ import pytest
 from evil import Evil
 from run_folders import a_run, configure
 
+from qlora_recipes.base import paths
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.files import write_atomically, write_rows
+from qlora_recipes.base.signature import signature
+from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run import launch, run, trust
 from qlora_recipes.run.backends.local import Local
 from qlora_recipes.run.rundir import RunDir, all_runs
@@ -26,7 +30,7 @@ def theirs(runs: Path, **record: Any) -> RunDir:
 
 def sign(folder: RunDir) -> None:
     record = folder.read()
-    record.hmac = trust.hmac_of(folder, record)
+    record.hmac = signature(folder.hashed(record))
     folder.write(record)
 
 
@@ -58,6 +62,46 @@ def test_a_strangers_chat_template_is_no_private_file(tmp_path):
     assert refused(folder, name) == set()
     sign(folder)
     assert refused(folder) == set()
+
+
+def test_rows_from_elsewhere_are_copied_from_a_run_of_ones_own_alone(tmp_path_factory, place):
+    """run.json names the rows, and the folder that they are relative to."""
+    private = tmp_path_factory.mktemp("private") / "rows.jsonl"
+    write_rows(private, [{"instruction": "1 + 1?", "output": "the secret"}])
+    here = Path("mine.jsonl").absolute()
+    here.write_bytes(private.read_bytes())
+    folder = theirs(place / "runs", hmac="0" * 64)
+    configure(folder, plugins=None)
+    with pytest.raises(UserError) as refused:
+        trust.refuse_rows(folder, folder.read(), [here, private], ())
+    assert str(refused.value) == (
+        f"{paths.shown(folder.config_file)}: error: rows: would copy rows of {private}; name rows with --data, or pass "
+        "the name in brackets to --force [without-consent:rows]"
+    )
+    trust.refuse_rows(folder, folder.read(), [private], ["without-consent:rows"])
+    trust.refuse_rows(folder, folder.read(), [here], ())
+    sign(folder)
+    trust.refuse_rows(folder, folder.read(), [private], ())
+
+
+def test_a_strangers_record_shows_no_text_of_a_file_that_it_names(tmp_path, place):
+    secret = tmp_path / "secrets" / "config.yaml"
+    write_atomically(secret, "lora_r: 4  # the secret\n")
+    folder = theirs(place / "runs", hmac="0" * 64)
+    changes = {"recipe": "mine", "recipe_file": str(secret), "cwd": str(secret.parent)}
+    folder.write(folder.read().model_copy(update=changes))
+    run = folder.read()
+    assert folder.recipe_file(run) is None
+    assert (
+        RunResult(folder, run).recipe_note
+        == f"{secret} is missing or has changed since the run began; the run keeps its own config"
+    )
+    sign(folder)
+    assert folder.recipe_file(folder.read()) == secret
+    variant = Path("variants", "mine.yaml")
+    write_atomically(variant, "lora_r: 4\n")
+    run.recipe_file, run.cwd = str(variant), str(Path.cwd())
+    assert folder.recipe_file(run) == variant.absolute()
 
 
 def test_what_the_user_set_needs_no_consent_again_when_the_job_starts(tmp_path):
@@ -136,7 +180,7 @@ def test_a_strangers_adapter_imports_nothing(strangers):
 def test_a_run_that_ends_meanwhile_stays_finished(tmp_path, monkeypatch):
     folder = theirs(tmp_path)
     ended = folder.read().model_copy(update={"state": "finished"})
-    monkeypatch.setattr(trust, "is_own", lambda folder, _: folder.write(ended) or True)
+    monkeypatch.setattr(RunDir, "is_own", lambda folder, _: folder.write(ended) or True)
     with pytest.raises(UserError):
         run.resume(str(folder.path), Local(rehearsal=False), force=[PLUGIN])
     assert folder.read().state == "finished"
@@ -184,4 +228,4 @@ def test_a_run_from_elsewhere_is_resumed_only_with_trust(tmp_path, with_fake_axo
         assert len(folder.read().launches) == 1
     with_fake_axolotl.ok("resume", folder.path, "--trust")
     assert folder.read().state == "finished"
-    assert trust.is_own(folder, folder.read())
+    assert folder.is_own(folder.read())

@@ -7,7 +7,7 @@ import recorded_runs
 import run_folders
 import yaml
 
-from qlora_recipes.base import paths
+from qlora_recipes.base import paths, processes
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.data import studies
 from qlora_recipes.results import score_records
@@ -108,6 +108,18 @@ def test_a_broken_template_is_an_error_with_its_place(templates, text, message):
     with pytest.raises(UserError) as refused:
         render.rendered(templates)
     assert str(refused.value) == f"{templates}/{message}"
+
+
+@pytest.mark.parametrize(
+    "text", ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'x' * 10**10 }}"]
+)
+def test_an_endless_template_is_an_error(templates, monkeypatch, text):
+    monkeypatch.setattr(processes, "SECONDS", 0.3)
+    (templates / "haider2024" / "_base.yaml.j2").write_text(text)
+    (templates / "haider2024" / "other.yaml.j2").write_text('{% extends "haider2024/_base.yaml.j2" %}')
+    with pytest.raises(UserError) as refused:
+        render.rendered(templates)
+    assert refused.value.problem == "takes more than 0.3 s or 256 MiB"
 
 
 def test_no_study_repeats_what_all_recipes_share():

@@ -77,8 +77,8 @@ class ReportedRun(RunResult):
     @cached_property
     def _recipe_sources(self) -> dict[str, str]:
         """Sources of the recipe's keys."""
-        file = self.run.present_recipe
-        if not file.is_file():
+        file = self.folder.recipe_file(self.run)
+        if file is None:
             return {}
         return dict.fromkeys(yamlfiles.read_recipe(file), "the recipe") | yamlfiles.sources(file)
 
