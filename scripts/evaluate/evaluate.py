@@ -230,7 +230,8 @@ def evaluate_run(run_dir: RunDir, request: EvaluationRequest) -> Evaluation:
         evaluation, predictions = _score(plan, rows, predictions, settings, former)
         # for existing predictions, the file `part` has predictions of more rows
         write(folder, evaluation, predictions, None if former else part)
-    if request.adapter is None and folder == run_dir.path:  # other evaluations have other settings
+    # other evaluations have other settings, and another user's record could name any folder or account
+    if request.adapter is None and folder == run_dir.path and run_dir.is_own(plan.run):
         add_scores(plan.summary.tracked, evaluation.scores)
     return evaluation
 

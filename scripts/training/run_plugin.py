@@ -179,7 +179,7 @@ class RunCallback(TrainerCallback):
     first training row, in pieces. The last record has `ended` (see `run_record.Ended`), and kept_step if the trainer
     has loaded the best checkpoint. The first evaluation of a launch adds a record with eval_tokens or eval_pairs.
     Findings of a training about itself are in a record with all of them so far; those of `STOP_AT` stop the training.
-    The first record of a launch with losses has `tracked`, the trackers' runs.
+    The first record of a launch with losses has `tracked`, TensorBoard's and W&B's runs.
 
     SIGTERM to any rank ends training after the current step, with a checkpoint.
 
