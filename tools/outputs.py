@@ -173,9 +173,13 @@ class Scores(TypedDict, extra_items=float | None):
     notes: NotRequired[list[str]]
 
 
-@with_fields(_decodings=dict[str, float | None])
+@with_fields(_interval_method=str | None, _decodings=dict[str, float | None])
 class Run(TypedDict, extra_items=float | None):
-    """A run. A metric has the fields NAME, NAME_base_model, NAME_published, NAME_difference and NAME_decodings."""
+    """A run.
+
+    A metric has the fields NAME, NAME_low, NAME_high, NAME_interval_method, NAME_base_model, NAME_published,
+    NAME_difference and NAME_decodings.
+    """
 
     run: described(str, "folder")
     recipe: str

@@ -145,14 +145,14 @@ def default_source(run: Run, cfg: Config) -> RowSource | None:
     folder = Path(run.cwd)
     name = run.test_data or datafiles.test_file(cfg, folder)
     if name is None:
-        return _configured(cfg, folder)
+        return configured(cfg, folder)
     file = Path(folder, name)
     if test_entry(file) or any(studies.prepared_formats(name)):
         study = studies.study_of(run.origin)
         test_file = file.with_name(f"{study.data.test_set}.jsonl") if study else file
         if test_file.is_file():
             file = test_file
-    elif source := _configured(cfg, folder):
+    elif source := configured(cfg, folder):
         return source
     first = next(iter(datafiles.training_sets(cfg)), datafiles.NO_DATASET)
     return RowSource(str(file.resolve()), [first], file)
@@ -165,10 +165,10 @@ def validation(run: Run, cfg: Config) -> RowSource | None:
         file = Path(folder, dataset.path)
         if file.is_file() and _set_of(test_entry(file), sha256(file)):
             return None
-    return _configured(cfg, folder)
+    return configured(cfg, folder)
 
 
-def _configured(cfg: Config, folder: Path) -> RowSource | None:
+def configured(cfg: Config, folder: Path) -> RowSource | None:
     """Rows of test_datasets, or rows that val_set_size held out of the training data."""
     if tests := datafiles.test_sets(cfg):
         file = None
@@ -214,7 +214,7 @@ def require_reference(run_dir: RunDir, cfg: Config, source: RowSource | None) ->
     if key:
         raise UserError(
             f"{run_dir.path}: rows for {key} have no answers to compare predictions with; `recipe results` shows the "
-            "eval loss if the recipe has test_datasets or val_set_size"
+            "losses and rewards of held-out rows if the recipe has test_datasets or val_set_size"
         )
     if source is None:
         raise UserError(

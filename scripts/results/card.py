@@ -22,8 +22,9 @@ from ..data import studies
 from ..data.declaration import Data
 from ..data.raw_rows import constants
 from ..data.studies import Study
+from ..evaluate import evaluation_rows
 from ..evaluate.scores_file import Evaluation
-from ..metrics.metric import Column, ScoreRecord
+from ..metrics.metric import Column, LossMetric, ScoreRecord, ScoringInput
 from ..run.rundir import PLUGIN, RunDir
 from ..training.run_record import Run
 from .run_result import RunResult
@@ -266,11 +267,10 @@ class Card:
         """Scores for the hub, except those in `.eval_results`; none for a rehearsal."""
         from huggingface_hub import EvalResult
 
-        if self.evaluation is None or self.run["rehearsal"]:
+        if self.run["rehearsal"]:
             return []
         results = []
-        for name, column in self.evaluation.columns.items():
-            score = self.evaluation.scores[name]
+        for column, score in self.scores.values():
             if score.value is None or hub_benchmark(score):
                 continue
             dataset = self.dataset_of(column)
@@ -286,8 +286,39 @@ class Card:
         return results
 
     def dataset_of(self, column: Column) -> str:
-        """Task of a benchmark, or description of the scored rows."""
+        """Task of a benchmark, or description of the rows: those of the losses, or the scored ones."""
+        if isinstance(column.metric, LossMetric):
+            return self._evaluated_in_training
         return getattr(column.parameters, "task", "").rpartition("/")[2] or self.scored_on
+
+    @property
+    def _evaluated_in_training(self) -> str:
+        """Description of the rows of the eval losses and rewards, with the number of tokens or pairs."""
+        result = self.result
+        source = evaluation_rows.configured(result.config, Path(result.run.cwd))
+        words = [self.public(source.data) if source else "rows of the training"]
+        for unit, scored in (("tokens", result.summary.eval_tokens), ("pairs", result.summary.eval_pairs)):
+            if scored:
+                words.append(f"{scored['count']:,} {unit}")
+        return ", ".join(words)
+
+    @cached_property
+    def scores(self) -> dict[str, tuple[Column, ScoreRecord]]:
+        """Scores of the evaluation by metric; without one, those that the training measured."""
+        if self.evaluation:
+            return {name: (self.evaluation.columns[name], score) for name, score in self.evaluation.scores.items()}
+        losses = ScoringInput(losses=self.result.summary.eval_losses)
+        columns = {
+            name: column for name, column in self.result.columns.items() if isinstance(column.metric, LossMetric)
+        }
+        return {name: (column, column.metric.measure(column, losses)) for name, column in columns.items()}
+
+    @property
+    def scored_at(self) -> str:
+        """Time of the evaluation; without one, of the end of the training."""
+        if self.evaluation:
+            return self.evaluation.created
+        return self.result.run.launches[-1].ended or self.result.run.created
 
     def public(self, value: Any) -> Any:
         """Copy of a value, with secrets masked and local paths shortened."""

@@ -152,7 +152,7 @@ class Divergence:
     """Divergence of the losses in two training runs, a and b.
 
     Attributes:
-        first, last: first and last step with a recorded loss in both runs.
+        first, last: first and last step with a recorded loss over the same steps in both runs.
         step: first step whose losses differ; None if all are identical.
         losses: the two losses at `step`.
     """
@@ -164,20 +164,22 @@ class Divergence:
 
 
 def divergence(a: RunDir, b: RunDir) -> Divergence | None:
-    """Divergence of two runs' losses; None if they have no common step."""
+    """Divergence of two runs' losses; None if they have no loss over the same steps."""
     losses_a, losses_b = _losses(a), _losses(b)
-    steps = sorted(losses_a.keys() & losses_b.keys())
-    if not steps:
+    spans = sorted(losses_a.keys() & losses_b.keys())
+    if not spans:
         return None
-    for step in steps:
-        if losses_a[step] != losses_b[step]:
-            return Divergence(steps[0], steps[-1], step, (losses_a[step], losses_b[step]))
-    return Divergence(steps[0], steps[-1], None, None)
+    first, last = spans[0][1], spans[-1][1]
+    for span in spans:
+        if losses_a[span] != losses_b[span]:
+            return Divergence(first, last, span[1], (losses_a[span], losses_b[span]))
+    return Divergence(first, last, None, None)
 
 
-def _losses(run_dir: RunDir) -> dict[int, float | None]:
-    """Recorded training losses of a run, by step."""
-    return {record["step"]: record["loss"] for record in run_dir.read_metrics() if "loss" in record}
+def _losses(run_dir: RunDir) -> dict[tuple[int, int], float | None]:
+    """Training losses of a run, each a mean over the steps after one step and up to another."""
+    losses = {record["step"]: record["loss"] for record in run_dir.read_metrics() if "loss" in record}
+    return {(previous, step): losses[step] for previous, step in pairwise([0, *losses])}
 
 
 def differing_settings(runs: Mapping[str, RunResult]) -> dict[str, Row]:

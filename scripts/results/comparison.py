@@ -14,7 +14,7 @@ from ..base.terminal import say, warn
 from ..base.yamlfiles import on_one_line
 from ..run import backends
 from ..run.rundir import RunDir
-from . import compare, listing
+from . import compare, listing, repeats
 from .compare import Divergence
 from .reports import report_runs
 from .reports.report_runs import ReportedRun
@@ -40,7 +40,7 @@ class Comparison:
     metrics: Sequence[str]
 
     def trainings(self) -> dict[str, Divergence | None]:
-        """Divergence of each run's losses from those of the first run; None without a common step."""
+        """Divergence of each run's losses from those of the first run; None without a loss over the same steps."""
         first, *further = self.runs.values()
         return {other.label: compare.divergence(first.folder, other.folder) for other in further}
 
@@ -77,6 +77,8 @@ class Comparison:
         for label, reported in self.runs.items():
             if reported.evaluation is None:
                 del evaluated[label]
+                if reported.is_scored:  # preference pairs, whose scores are above
+                    continue
                 remedy = f"first run `recipe evaluate {reported.folder.quoted}`"
                 error = UserError("its scores are missing or stale, and not compared", key=label, remedy=remedy)
                 if len(self.runs) == 1:
@@ -136,7 +138,11 @@ def show(comparison: Comparison, json: bool) -> None:
         tables.print_text(f"{label}: {getattr(side, 'path', side)}")
     tables.print_text("")
     if trainings:
-        tables.show(json, [], comparison.tables(), [_in_words(*training) for training in trainings.items()])
+        notes = [_in_words(*training) for training in trainings.items()]
+        measured = [reported for reported in comparison.runs.values() if reported.summary.eval_loss is not None]
+        if not repeats.cover_same_tokens(measured):
+            notes.append("The eval losses cover different or unknown tokens, so they are not comparable.")
+        tables.show(json, [], comparison.tables(), notes)
         tables.print_text("")
     tables.print_table(scores or [], "Differences between two, on the rows that both have")
     if scores and len(scores) > 1:
@@ -145,7 +151,7 @@ def show(comparison: Comparison, json: bool) -> None:
 
 def _in_words(label: str, training: Divergence | None) -> str:
     if training is None:
-        return f"Losses of the first run and {label} are not compared: there is no step with a recorded loss in common."
+        return f"Losses of the first run and {label} are not compared: the two runs recorded none over the same steps."
     if training.losses is None:
         return f"The losses of the first run and {label} in steps {training.first} to {training.last} are equal."
     a, other = training.losses

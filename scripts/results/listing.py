@@ -11,6 +11,7 @@ from ..base.terminal import warn
 from ..base.yamlfiles import Config, write_flow
 from ..config.merging import Override
 from ..config.training_settings import TrainingSettings
+from ..evaluate.intervals import Interval
 from ..evaluate.scores_file import Evaluation, about_rows
 from ..metrics import registry
 from ..metrics.metric import Column
@@ -18,7 +19,7 @@ from ..metrics.registry import EVAL_LOSS
 from ..run import backends
 from ..run.rundir import RunDir, readable
 from ..training.run_record import GPU_MEMORY, Summary
-from . import verdict
+from . import repeats, verdict
 from .run_result import RunResult, RunScore
 
 FIRST_EVAL_LOSS = "first loss"
@@ -134,8 +135,13 @@ def record(result: RunResult) -> Row:
     row = {name: field(result) for name, field in FIELDS.items()}
     row |= _evaluation_fields(result)
     for name, score in result.scores.items():
-        row |= score.as_json(name)
+        row |= score.as_json(name) | repeats.json_fields(name, interval_of(result, name))
     return row | {"settings": result.config_values}
+
+
+def interval_of(result: RunResult, name: str) -> Interval | None:
+    """95 % interval of a run's score by a metric."""
+    return repeats.mean_score(result.columns[name], [result]).interval
 
 
 def _evaluation_fields(result: RunResult) -> Row:
@@ -213,6 +219,8 @@ def cells(result: RunResult, columns: Mapping[str, Column]) -> Row:
         "jobs": _jobs(result),
     }
     row |= _first_cells(first, scores[first])
+    if columns[first].same_scores(result.columns.get(columns[first].name)):
+        row["95 %"] = repeats.table_cells(interval_of(result, columns[first].name))["95 %"]
     row |= _eval_losses(summary) | _rewards(summary)
     row["step"] = _progress(summary)
     for heading in further:
@@ -307,7 +315,7 @@ def _rewards(summary: Summary) -> Row:
     if rewards.accuracy is not None:
         accuracy = 100 * rewards.accuracy
     interval = "{:.1f} to {:.1f}".format(*bounds) if bounds else None
-    return {"reward accuracy, %": accuracy, "its 95 % interval": interval, "reward margin": rewards.margin}
+    return {"reward accuracy, %": accuracy, "95 % interval of the accuracy": interval, "reward margin": rewards.margin}
 
 
 def _costs(summary: Summary) -> Row:

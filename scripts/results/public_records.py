@@ -18,7 +18,7 @@ from ..config.merging import value_at
 from ..data.studies import Study
 from ..evaluate.intervals import Interval
 from ..evaluate.scores_file import Evaluation
-from ..metrics.metric import Benchmark, Column, ScoreRecord
+from ..metrics.metric import Benchmark, Column, LossMetric, ScoreRecord, is_of_trainer
 from . import verdict
 from .card import Card, hub_benchmark
 
@@ -34,8 +34,8 @@ def write(card: Card, folder: Path) -> list[str]:
     """
     files = {}
     source = None
-    if card.evaluation and card.repository != ".":
-        text = every_eval_ever(card, card.evaluation)
+    if card.scores and card.repository != ".":
+        text = every_eval_ever(card)
         name = f"data/{TOOL}/{card.repository}/{UUID(digest(text)[:32], version=4)}.json"
         files[name] = text
         source = f"https://huggingface.co/{card.repository}/blob/main/{name}"
@@ -86,19 +86,15 @@ def _conditions(benchmark: Benchmark) -> str:
     )
 
 
-def every_eval_ever(card: Card, evaluation: Evaluation) -> str:
+def every_eval_ever(card: Card) -> str:
     """Record of all scores, in schema 0.3.0 of https://github.com/evaleval/every_eval_ever."""
-    evaluated = str(int(datetime.fromisoformat(evaluation.created).timestamp()))
-    results = []
-    for column in evaluation.columns.values():
-        score = evaluation.scores[column.name]
-        if score.value is not None:
-            results.append(_result(card, evaluation, column, score))
+    evaluated = str(int(datetime.fromisoformat(card.scored_at).timestamp()))
+    results = [_result(card, column, score) for column, score in card.scores.values() if score.value is not None]
     relationship = "third_party" if card.result.run.published_adapter else "first_party"
     record = {
         "schema_version": "0.3.0",
         "evaluation_id": f"{TOOL}/{card.repository}/{evaluated}",
-        "evaluation_timestamp": evaluation.created,
+        "evaluation_timestamp": card.scored_at,
         "retrieved_timestamp": evaluated,
         "source_metadata": {
             "source_type": "evaluation_run",
@@ -106,13 +102,13 @@ def every_eval_ever(card: Card, evaluation: Evaluation) -> str:
             "evaluator_relationship": relationship,
         },
         "eval_library": {"name": TOOL, "version": str(package_version(TOOL))},
-        "model_info": _model(card, evaluation),
+        "model_info": _model(card),
         "evaluation_results": results,
     }
     return orjson.dumps(card.public(record), option=orjson.OPT_INDENT_2).decode() + "\n"
 
 
-def _model(card: Card, evaluation: Evaluation) -> Row:
+def _model(card: Card) -> Row:
     """Model, its config and the engine of its predictions."""
     details = {
         "deployment_type": "self_deployed",
@@ -124,12 +120,12 @@ def _model(card: Card, evaluation: Evaluation) -> Row:
     return {
         "name": card.repository,
         "id": card.repository,
-        "inference_engine": {"name": evaluation.settings.engine},
+        "inference_engine": {"name": card.evaluation.settings.engine if card.evaluation else "transformers"},
         "additional_details": details,
     }
 
 
-def _result(card: Card, evaluation: Evaluation, column: Column, score: ScoreRecord) -> Row:
+def _result(card: Card, column: Column, score: ScoreRecord) -> Row:
     """Score with its uncertainty, settings and verdict."""
     metric = column.metric
     low = "-Infinity" if math.isinf(metric.low) else metric.low
@@ -149,18 +145,24 @@ def _result(card: Card, evaluation: Evaluation, column: Column, score: ScoreReco
         "metric_config": definition,
         "score_details": {
             "score": score.value,
-            "uncertainty": _uncertainty(evaluation, score),
+            "uncertainty": _uncertainty(card, column, score),
             "details": _details(card, column, score),
         },
     }
-    if score.benchmark is None and evaluation.settings.rows:
-        result["generation_config"] = _generation(evaluation)
+    is_generated = score.benchmark is None and not isinstance(metric, LossMetric)
+    if is_generated and card.evaluation:
+        result["generation_config"] = _generation(card.evaluation)
     return result
 
 
-def _uncertainty(evaluation: Evaluation, score: ScoreRecord) -> Row:
-    """Number of rows, interval, and the standard error of a benchmark."""
-    uncertainty: Row = {"num_samples": evaluation.shares.rows}
+def _uncertainty(card: Card, column: Column, score: ScoreRecord) -> Row:
+    """Number of rows or pairs if it is known, interval, and the standard error of a benchmark."""
+    uncertainty: Row = {}
+    pairs = card.result.summary.eval_pairs
+    if isinstance(column.metric, LossMetric):
+        uncertainty |= {"num_samples": pairs["count"]} if pairs else {}
+    elif card.evaluation:
+        uncertainty["num_samples"] = card.evaluation.shares.rows
     if score.interval:
         lower, upper = score.interval
         uncertainty["confidence_interval"] = {"lower": lower, "upper": upper, "confidence_level": 0.95}
@@ -172,8 +174,11 @@ def _uncertainty(evaluation: Evaluation, score: ScoreRecord) -> Row:
 
 
 def _details(card: Card, column: Column, score: ScoreRecord) -> dict[str, str]:
-    """Conditions of a benchmark, and the published score with the verdict if there is one."""
+    """Conditions of a benchmark, weighting of a loss, and the published score with the verdict if there is one."""
     details = {}
+    if isinstance(column.metric, LossMetric):
+        mean_over = "batches" if is_of_trainer(column) else "tokens with loss"
+        details["weighting"] = f"mean over {'pairs' if card.result.summary.eval_pairs else mean_over}"
     if score.benchmark:
         details["conditions"] = _conditions(score.benchmark)
     published = card.result.aim.scores.get(column.name)

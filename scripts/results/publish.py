@@ -118,7 +118,7 @@ def propose(run_dir: RunDir, model: str) -> str:
     if not scores.evaluation or not entries:
         remedy = f"run `recipe evaluate {run_dir.quoted} --metric benchmark:gsm8k`"
         raise UserError("no score of a benchmark that the hub registers", file=run_dir.path, remedy=remedy)
-    record = public_records.every_eval_ever(scores, scores.evaluation)
+    record = public_records.every_eval_ever(scores)
     say(f"pull request to {model}:\n{entries}")
     with hub.uploading(model, "--pr"):
         commit = HfApi().create_commit(

@@ -167,8 +167,11 @@ class _Reader:
         if result is None:
             return None
         try:
-            if name in result.columns:
-                value = result.scores[name].value
+            metric, _, bound = name.rpartition("_")
+            if metric in result.columns and bound in ("low", "high"):
+                value = getattr(listing.interval_of(result, metric), bound, None)
+            elif name in result.columns and not (name in listing.FIELDS and result.summary.eval_pairs):
+                value = result.scores[name].value  # the loss of pairs is another quantity than that of tokens
             elif name in listing.FIELDS:
                 value = listing.FIELDS[name](result)
             else:
@@ -196,6 +199,7 @@ class _Reader:
         columns = {*listing.FIELDS, *METRICS, *keys, *self.seen}
         if self.result:
             columns |= self.result.columns.keys() | self.result.config_values.keys()
+            columns |= {f"{name}_{bound}" for name in self.result.columns for bound in ("low", "high")}
         for name in sorted(unknown - columns):
             hint = did_you_mean(name, columns) or "; columns are fields, metrics, and settings by dotted key"
             raise UserError(f"no run has a column of that name{hint}", key=name)

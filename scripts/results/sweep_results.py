@@ -20,7 +20,7 @@ from ..data.studies import Study
 from ..evaluate import evaluation_rows
 from ..evaluate.scores_file import about_rows
 from ..metrics import registry
-from ..metrics.metric import Column, LossMetric
+from ..metrics.metric import Column, LossMetric, RewardMetric
 from ..study.pipeline import existing_runs
 from ..study.sweep import Sweep, Trial, default_columns, recorded_sweeps
 from ..training.run_record import Summary
@@ -38,6 +38,7 @@ _LEGEND = {
 
 _OF_PREFERENCES = re.compile("(rl|dpo|cpo|orpo|rpo|simpo|kto)_")
 """Beginnings of the keys of preference trainings."""
+_BATCHES = ("eval_batch_size", "micro_batch_size")
 Costs = tuple[float, float]  # peak memory in GiB, and eval loss
 
 
@@ -142,9 +143,14 @@ class SweepRow:
         return self.peak_memory_gib, self.compared_loss
 
     def comparable(self, by: str) -> float | None:
-        """Score that ranks the trial by a metric; None if it is missing, or an eval loss on test rows."""
-        if by == LOSS:
-            return self.compared_loss if self.validated else None
+        """Score that ranks the trial by a metric; None if it is missing, or an eval loss that may not rank trials.
+
+        An eval loss, by whatever name, ranks trials if it covers the same tokens, and if these are not of test rows.
+        """
+        metric = self.columns[by].metric if by in self.columns else registry.EVAL_LOSS
+        if isinstance(metric, LossMetric) and not isinstance(metric, RewardMetric):
+            loss = self.compared_loss if self.validated else None
+            return None if loss is None else metric.score_loss(loss)
         return self.scores[by].value
 
     @property
@@ -211,9 +217,14 @@ def _compare_losses(table: Sequence[SweepRow]) -> None:
 
 
 def _varied_term(table: Sequence[SweepRow]) -> str | None:
-    """First setting of a preference loss that differs between trials."""
-    terms = filter(_OF_PREFERENCES.match, affecting("evaluated"))
-    for key in ("rl", "trl.beta", *terms):
+    """First setting of a preference loss that differs between trials.
+
+    The means of SimPO's and ORPO's losses depend on the batches of the evaluation.
+    """
+    terms = ["rl", "trl.beta", *filter(_OF_PREFERENCES.match, affecting("evaluated"))]
+    if any(result.config.get("rl") in ("simpo", "orpo") for row in table for result in row.finished):
+        terms += _BATCHES
+    for key in terms:
         if len({str(row.trial.settings.get(key)) for row in table}) > 1:
             return key
     return None

@@ -1,5 +1,6 @@
 """Comparisons of runs, and of files of predictions."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qlora_recipes.metrics.metric import ScorerRecord
 from qlora_recipes.results import compare
 from qlora_recipes.results.compare import ScoredRows
 from qlora_recipes.run.rundir import RunDir
+from qlora_recipes.training.run_record import Summary
 
 DEFAULT = registry.columns(dict.fromkeys(("bleu4", "rouge_l", "bertscore_f1")))
 PLAIN = {name: DEFAULT[name] for name in ("bleu4", "rouge_l")}
@@ -224,8 +226,37 @@ def test_bertscores_of_runs_come_from_their_evaluations(recipe, tmp_path):
 
 def test_losses_without_a_common_step_are_not_compared(files, recipe):
     assert recipe.json("results", "evaluated", "stopped")["trainings"] == {"b": None}
-    sentence = "Losses of the first run and b are not compared: there is no step with a recorded loss in common."
+    sentence = "Losses of the first run and b are not compared: the two runs recorded none over the same steps."
     assert sentence in recipe.ok("results", "evaluated", "stopped").stdout.splitlines()
+
+
+def test_equal_trainings_logged_at_other_steps_do_not_differ(files, recipe, tmp_path):
+    losses = [2.0, 1.9, 1.8, 1.7, 1.6, 1.5]
+    each, some = tmp_path / RUNS / "trained" / "metrics.jsonl", tmp_path / RUNS / "faster" / "metrics.jsonl"
+    write_rows(each, [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)])
+    write_rows(some, [{"step": 1, "loss": 2.0}, {"step": 6, "loss": 1.7}])  # the mean of steps 2 to 6
+    assert recipe.json("results", "trained", "faster")["trainings"] == {"b": EQUAL | {"last": 1}}
+
+
+def test_losses_over_other_tokens_have_a_note(recipe, tmp_path):
+    for name, letter in (("one", "a"), ("same", "a"), ("other", "b")):
+        tokens = {"count": 100, "sha256": letter * 64}
+        trained(tmp_path, name, summary=Summary(eval_loss_per_token=1.5, eval_loss=1.5, eval_tokens=tokens))
+    note = "The eval losses cover different or unknown tokens, so they are not comparable."
+    for other, notes in (("same", 0), ("other", 1)):
+        assert recipe.ok("results", "one", other).stdout.splitlines().count(note) == notes
+
+
+def test_runs_of_pairs_need_no_evaluation(recipe, tmp_path):
+    pairs = {"eval_loss": 0.6, "eval_reward_accuracy": 0.75, "eval_pairs": {"count": 100, "sha256": "a" * 64}}
+    for name in ("one", "two"):
+        run = a_run(tmp_path / "runs", "start/dpo-qlora", name, 5.0, summary=Summary(**pairs))
+        (run.path / "scores.json").unlink()
+    compared = recipe.ok("results", "one", "two")
+    assert "evaluate" not in compared.stderr
+    rows = {score: values for score, *values in (re.split("  +", line) for line in compared.stdout.splitlines()[5:8])}
+    accuracy = "75.0000 (65.7 to 82.5)"
+    assert rows == {"pairs": ["100"] * 2, "eval loss": ["0.6000"] * 2, "reward accuracy, %": [accuracy] * 2}
 
 
 def test_each_run_is_compared_with_the_first(files, recipe):

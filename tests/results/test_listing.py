@@ -65,7 +65,7 @@ def test_rehearsals_of_no_study_share_a_table_of_the_columns_with_values(tmp_pat
     a_run(tmp_path / "runs", "start/lora", "b", 0, rehearsal=True, scores=scores)
     title, head, *rows, end = recipe.ok("results").stdout.splitlines()
     assert title == f"{listing.REHEARSALS}: of no study"
-    headings = ["run", "recipe", "state", "BLEU-4", "step", "right numbers, %", "rows", "peak GiB"]
+    headings = ["run", "recipe", "state", "BLEU-4", "95 %", "step", "right numbers, %", "rows", "peak GiB"]
     assert re.split("  +", head) == [*headings, "tokens/s", "minutes"]
     assert [row.split()[:4] for row in rows] == [
         ["a", "start/qlora", "finished", "5.00"],
@@ -100,9 +100,9 @@ def test_gguf_files_stand_below_their_adapter(tmp_path, recipe):
 @pytest.mark.parametrize(
     ("width", "left_out"),
     [
-        (80, "published, difference, first loss, step, rows, peak GiB, minutes"),
-        (100, "first loss, step, rows, peak GiB, minutes"),
-        (120, "rows, peak GiB, minutes"),
+        (80, "published, difference, 95 %, first loss, step, rows, peak GiB, minutes"),
+        (100, "95 %, first loss, step, rows, peak GiB, minutes"),
+        (120, "95 %, rows, peak GiB, minutes"),
     ],
 )
 def test_a_terminal_shows_losses_and_scores_first(tmp_path, recipe, monkeypatch, width, left_out):

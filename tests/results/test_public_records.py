@@ -26,10 +26,12 @@ from qlora_recipes.results import card, public_records, publish
 from qlora_recipes.results.card import Card
 from qlora_recipes.results.run_result import RunResult
 from qlora_recipes.run.rundir import RunDir
+from qlora_recipes.training.run_record import Summary
 
 MODEL = "someone/Adapter-7B"
 MOMENT = "2026-01-01T11:00:00+00:00"
 NOTES = "lm-evaluation-harness 0.4.9, gsm8k version 3, 5-shot, exact_match with strict-match"
+LOSS_ROWS = "data/codereviewer/valid.jsonl, split train"
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_a_registered_benchmark_is_in_eval_results_and_other_scores_in_the_model
     front = yaml.safe_load(card_of(run).front_matter)
     _, results = model_index_to_eval_results(front["model-index"])
     values = {(result.dataset_name, result.metric_value) for result in results}
-    assert values == {("hellaswag", 61.2346), (card_of(run).scored_on, 5.125), (card_of(run).scored_on, 1.25)}
+    assert values == {("hellaswag", 61.2346), (card_of(run).scored_on, 5.125), (LOSS_ROWS, 1.25)}
 
 
 def test_scores_of_some_rows_or_of_a_rehearsal_are_no_entry(run):
@@ -126,9 +128,26 @@ def test_a_record_has_intervals_rows_decoding_verdict_and_config(run, tmp_path):
     }
     assert results["eval_loss"]["metric_config"]["max_score"] == "Infinity"
     assert results["eval_loss"]["metric_config"]["lower_is_better"]
+    assert results["eval_loss"]["score_details"]["uncertainty"] == {}  # tokens are no rows
     uncertainty = results["gsm8k"]["score_details"]["uncertainty"]
     assert (uncertainty["num_samples"], uncertainty["standard_error"]) == (1319, {"value": 1.3})
     assert results["gsm8k"]["score_details"]["details"] == {"conditions": NOTES}
+
+
+def test_a_training_of_pairs_without_an_evaluation_has_a_record(tmp_path):
+    pairs = {"eval_loss": 0.6, "eval_reward_accuracy": 0.75, "eval_pairs": {"count": 61, "sha256": "a" * 64}}
+    run = run_folders.a_run(tmp_path, "start/dpo-qlora", "run", 5.0, summary=Summary(**pairs))
+    (run.path / scores_file.SCORES).unlink()
+    run.output.mkdir()
+    save_file({"lora_A": np.ones((8, 4), np.float32)}, run.adapter)
+    _, record = record_of(run)
+    results = {result["metric_config"]["metric_id"]: result for result in record["evaluation_results"]}
+    accuracy = results["reward_accuracy"]
+    assert accuracy["source_data"]["dataset_name"].endswith(", 61 pairs")
+    assert accuracy["score_details"]["score"] == 75
+    assert accuracy["score_details"]["uncertainty"]["num_samples"] == 61
+    assert accuracy["score_details"]["details"]["weighting"] == "mean over pairs"
+    assert "generation_config" not in accuracy
 
 
 def verdict_on_first(file: Path) -> str | None:
@@ -144,19 +163,19 @@ def test_what_was_published_is_read_back(run, recipe):
     fields = ("file", "model", "metric", "on", "score", "recipe", "published", "verdict")
     assert [tuple(row[field] for field in fields) for row in shown] == [
         (str(file), MODEL, "bleu4", on, 5.125, name, "5.27", "within the interval"),
-        (str(file), MODEL, "eval_loss", on, 1.25, name, None, None),
+        (str(file), MODEL, "eval_loss", LOSS_ROWS, 1.25, name, None, None),
         (str(file), MODEL, "gsm8k", "gsm8k", 61.234567, name, None, None),
         (str(file), MODEL, "hellaswag", "hellaswag", 61.234567, name, None, None),
         (str(entries), None, "gsm8k", "openai/gsm8k", 61.2346, None, None, None),
         (str(page), None, "bleu", on, 5.125, None, None, None),
-        (str(page), None, "loss", on, 1.25, None, None, None),
+        (str(page), None, "loss", LOSS_ROWS, 1.25, None, None, None),
         (str(page), None, "accuracy", "hellaswag", 61.2346, None, None, None),
     ]
     results = record["evaluation_results"]
     nothing = [None] * 4
     assert [row["uncertainty"] for row in shown] == [row["score_details"]["uncertainty"] for row in results] + nothing
     decoding = results[0]["generation_config"]
-    conditions = [decoding, decoding, NOTES, NOTES.replace("gsm8k", "hellaswag"), NOTES, None, None, None]
+    conditions = [decoding, None, NOTES, NOTES.replace("gsm8k", "hellaswag"), NOTES, None, None, None]
     assert [row["conditions"] for row in shown] == conditions
 
 

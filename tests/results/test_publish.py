@@ -186,8 +186,9 @@ def test_the_card_says_how_the_model_was_made(run, capsys):
     assert data[1] == ["data/codereviewer/train.jsonl", "117,739", "b" * 64]
     values = {value for _, value in training}
     assert values >= {"2.50, 1.25", "13.20 GiB (GPU, reserved)", "2.00", "1 x NVIDIA T4"}
-    assert scores[1] == ["bleu4", "5.12", "4.90 to 5.30", "5.27"]
-    assert ["sacrebleu", "1.50", "–", "–"] in scores
+    on = "CodeReviewer, comment generation, Test Subset 1, 5,000 rows"
+    assert scores[1] == ["bleu4", "5.12", "4.90 to 5.30", on, "5.27"]
+    assert ["sacrebleu", "1.50", "–", on, "–"] in scores
     words = {word for _, value in provenance for word in value.split()}
     assert words >= {"d" * 40, "uncommitted", sha256(run.config_file)}
     assert ["packages", "axolotl 0.21.0, Python 3.13.5"] in provenance
@@ -476,7 +477,7 @@ def test_a_card_sets_scores_of_some_rows_beside_those_of_the_base_model_on_the_s
     evaluated(of_base, limit=100, **without_adapter)
     text = published(run)[1]
     assert "Test Subset 1, 5,000 rows; this run's scores are on other rows." in text
-    scores = {row[0]: row[3:] for table in tables(text) for row in table}
+    scores = {row[0]: row[4:] for table in tables(text) for row in table}
     assert scores["score"] == ["base model", "published"]
     assert scores["bleu4"] == ["5.12", "5.27"]
 

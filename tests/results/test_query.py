@@ -24,7 +24,7 @@ WORDS = f"there are {', '.join(sorted(query.WORDS))}"
 def runs(place: Path) -> Path:
     """Four runs: one of each state, of another recipe, and a rehearsal; settings are missing or of several types."""
     runs = Path("runs")
-    a_run(runs, LLAMA, "1", 5.2, summary=Summary(eval_loss_per_token=1.5), set={"lora_r": 64}, digest="a")
+    a_run(runs, LLAMA, "1", 5.25, summary=Summary(eval_loss_per_token=1.5), set={"lora_r": 64}, digest="a")
     failed = a_run(runs, LLAMA, "2", 5.4, state="failed", digest="b")
     write_rows(failed.metrics, [{"step": 1, "eval_loss_per_token": 1.4}])
     a_run(runs, CODE, "3", 5.0, set={"lora_r": "auto", "learning_rate": None}, provenance={"host": "node-7"})
@@ -125,7 +125,7 @@ def test_a_mistaken_query_names_the_nearest_and_touches_no_file(recipe, words, m
 def test_csv_has_the_named_columns_and_changes_with_values(recipe):
     done = recipe.ok("results", "haider2024", "--where", "state == 'finished'", "--sort", "eval_loss", "--csv")
     first, second = csv.DictReader(done.stdout.splitlines())
-    assert [first["run"], first["eval_loss"], first["bleu4"]] == ["runs/haider2024/llama-2-7b/1", "1.5", "5.2"]
+    assert [first["run"], first["eval_loss"], first["bleu4"]] == ["runs/haider2024/llama-2-7b/1", "1.5", "5.25"]
     assert [first["changed"], first["seed"], first["rehearsal"]] == ["lora_r=64", "42", "false"]
     assert [second["eval_loss"], second["changed"]] == ["", "lora_r=auto, learning_rate=null"]
     done = recipe.ok("results", "--columns", "run,lora_target_modules", "--limit", "1", "--csv")
@@ -157,6 +157,18 @@ def test_settings_that_follow_from_the_recipe_are_those_of_the_config():
     for folder in query.folders_of([]):
         result = RunResult(folder, folder.read())
         assert {key: result.setting(key) for key in result.config_values} == result.config_values
+
+
+def test_a_score_has_the_ends_of_its_interval(recipe):
+    done = recipe.ok("results", "1", "--csv", "--columns", "bleu4_low,bleu4_high")
+    bounds = done.stdout.splitlines()[1].split(",")
+    assert [*map(float, bounds)] == pytest.approx([5.15, 5.35])
+
+
+def test_the_loss_of_pairs_is_not_that_of_tokens():
+    summary = Summary(eval_loss=0.6, eval_pairs={"count": 9, "sha256": "a" * 64})
+    a_run(Path("runs"), "start/dpo-qlora", "5", 5.0, summary=summary)
+    assert selected(where="eval_loss < 0.7") == ["4"]
 
 
 def test_no_field_hides_a_setting_of_another_meaning():
@@ -195,4 +207,5 @@ def test_the_schema_has_all_fields_of_a_run():
     (folder,) = query.folders_of(["1"])
     result = RunResult(folder, folder.read())
     scores = {field for name, score in result.scores.items() for field in score.as_json(name)}
+    scores |= {f"{name}_{part}" for name in result.scores for part in ("low", "high", "interval_method")}
     assert listing.record(result).keys() - scores | {"eval_loss"} == outputs.Run.__annotations__.keys()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import small_study
-from run_folders import a_run, fields
+from run_folders import a_run, configure, fields
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import sha256, write_json
@@ -20,6 +20,7 @@ from qlora_recipes.config.compose import Request
 from qlora_recipes.config.merging import Override
 from qlora_recipes.data import studies
 from qlora_recipes.evaluate import intervals
+from qlora_recipes.metrics import registry
 from qlora_recipes.results import sweep_results
 from qlora_recipes.results.reports import report_figures
 from qlora_recipes.run import rundir
@@ -159,6 +160,16 @@ def test_trials_with_other_tokens_have_neither_front_nor_best(tmp_path, recipe):
     table = recipe("results", "ranks").stdout
     assert re.findall(r" (aaaaaaaa|bbbbbbbb) ", table) == ["aaaaaaaa", "aaaaaaaa", "bbbbbbbb"]
     assert recipe("results", "haider2024").stdout.splitlines()[-1] == without_best(f"ranks/{BASE}")
+
+
+def test_perplexities_rank_only_over_the_same_tokens(tmp_path):
+    sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
+    for letter, best in (("a", ["high", "low"]), ("b", [])):
+        score_tokens(tmp_path, {"low-0": "a", "high-0": letter})
+        rows = sweep_results.rows(sweep, tmp_path)
+        for row in rows:
+            row.columns |= registry.columns({"perplexity": None})
+        assert [row.trial.name for row in sweep_results.ranking(rows, "perplexity")] == best
 
 
 OTHER_TOKENS = "Trials with other or unknown tokens are not comparable, so there is neither a front nor a best trial."
@@ -394,6 +405,15 @@ def a_sweep_of_pairs(runs: Path, key: str, trials: dict[Any, tuple[float, float]
             file.unlink()
         sweep.trials.append(Trial(name=f"{key}={value}", settings={key: value, "rl": "dpo"}, digest=str(value)))
     sweep.write(runs)
+
+
+def test_losses_of_simpo_depend_on_the_batches_of_the_evaluation(tmp_path, recipe):
+    a_sweep_of_pairs(tmp_path / "runs", "micro_batch_size", {1: (0.7, 0.5), 2: (0.75, 0.6)})
+    for rl, notes in (("dpo", 0), ("simpo", 1)):
+        for folder in rundir.all_runs(tmp_path / "runs"):
+            configure(folder, rl=rl)
+        note = OTHER_LOSSES.replace("rl_beta", "micro_batch_size")
+        assert recipe.ok("results", "pairs").stdout.splitlines().count(note) == notes
 
 
 OTHER_LOSSES = "rl_beta defines the loss: neither loss nor margin ranks trials; `--by reward_accuracy` does."

@@ -99,6 +99,11 @@ class Page:
         return report_runs.scores(self.runs, self._headings, details=True)
 
     @property
+    def is_scored(self) -> bool:
+        """True if a run is evaluated, or needs no evaluation."""
+        return any(reported.is_scored for reported in self.runs)
+
+    @property
     def scored_on(self) -> str:
         """Descriptions of the scored rows."""
         return "; ".join(

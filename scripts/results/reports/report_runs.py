@@ -26,6 +26,7 @@ from ...run import backends
 from ...run.rundir import RunDir
 from ...training.row_types import row_type
 from ...training.run_record import Piece
+from .. import repeats
 from ..run_result import RunResult
 
 _EVAL_LOSS = registry.column(registry.EVAL_LOSS.name, None).label
@@ -163,7 +164,7 @@ def _score_columns(reported: ReportedRun, by_heading: Mapping[str, Column], deta
     evaluations = {label: reported.evaluation}
     for name, evaluation in (reported.decoded | reported.of_other_models).items():
         evaluations[f"{label}: {name}"] = evaluation
-    columns = {label: _losses(reported)}
+    columns = {label: _losses(reported, by_heading)}
     for name, evaluation in evaluations.items():
         if evaluation:
             columns[name] = columns.get(name, {}) | _scores(evaluation, by_heading, details)
@@ -177,11 +178,19 @@ def _score_columns(reported: ReportedRun, by_heading: Mapping[str, Column], deta
     return columns
 
 
-def _losses(reported: ReportedRun) -> dict[str, str]:
-    """First and last eval loss per token as text, with digits that tell runs apart."""
+def _losses(reported: ReportedRun, by_heading: Mapping[str, Column]) -> dict[str, str]:
+    """First and last eval loss per token, or losses and rewards of pairs, as text with digits that tell runs apart."""
     summary = reported.summary
     losses = {"first eval loss": summary.eval_loss_per_token_first, _EVAL_LOSS: summary.eval_loss_per_token}
-    return {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None}
+    texts = {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None}
+    if summary.eval_pairs:
+        texts["pairs"] = f"{summary.eval_pairs['count']:,}"
+        for name, column in reported.columns.items():
+            value, interval = repeats.mean_score(column, [reported])
+            if isinstance(column.metric, LossMetric) and value is not None:
+                bounds = f" ({interval.low:.1f} to {interval.high:.1f})" if interval else ""
+                texts[registry.heading(column, by_heading) or name] = f"{value:.4f}{bounds}"
+    return texts
 
 
 def _scores(evaluation: Evaluation, by_heading: Mapping[str, Column], details: bool) -> dict[str, str]:
