@@ -42,7 +42,7 @@ class ListedRecipe(TypedDict, extra_items=float | None):
     epochs: float | None
     optimizer: str | None
     variant_of: described(str | None, "recipe that a variant changes")
-    hours: described(float | None, "planned hours on one GPU")
+    hours: described(float | None, "estimated hours on one GPU")
     hours_are: described(str | None, "how the hours were planned or measured")
 
 
@@ -344,7 +344,7 @@ class OutlinedRun(TypedDict("OutlinedRun", {"needs GiB": float | None}), closed=
     steps: int | None
     fits: str | None
     hours: float | None
-    bound: described(bool | None, "true if the hours count every row as full")
+    full_rows: described(bool | None, "true if the hours count every row as full")
     changes: str | None
     note: str | None
     problem: str | None

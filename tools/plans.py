@@ -62,11 +62,11 @@ def write(again: bool) -> None:
 
 
 GPU = "A100 80GB"
-"""GPU of planned hours; all recipes fit on it."""
+"""GPU of estimated hours; all recipes fit on it."""
 
 
 Hours = tuple[float, str]
-"""Hours of a training, and their source: published, on the authors' GPU; or planned, at most with full rows."""
+"""Hours of a training, and their source: published, on the authors' GPU; or estimated, perhaps for full rows."""
 
 
 def published_hours() -> dict[str, Hours]:
@@ -83,7 +83,7 @@ def planned_hours(name: str) -> Hours | None:
     work = plan.plan_request(Request(name), gpus.find_gpu(GPU)).work
     if work is None or work.hours is None:
         return None
-    return work.hours, "planned, at most" if work.at_most else "planned"
+    return work.hours, "estimated, full rows" if work.full_rows else "estimated"
 
 
 WORDS = {"learning_rates": "schedule", "steps": "steps", "trainable": "parameters", "adapter_bytes": "adapter"}

@@ -89,12 +89,11 @@ def _cell(value: Any) -> str:
     return harmless(text).replace("\n", " ")
 
 
-def hours(value: float, is_bound: bool) -> str:
-    """Text of a number of hours, or of their upper bound."""
-    if value < 0.01:
-        return "under 0.01"
+def hours(value: float, full_rows: bool) -> str:
+    """Text of an estimate in hours, marked if it counts every row as full."""
     digits = 1 if value >= 1 else 2
-    return f"{'up to ' if is_bound else ''}{value:,.{digits}f}"
+    text = "under 0.01" if value < 0.01 else f"{value:,.{digits}f}"
+    return f"{text}, full rows" if full_rows else text
 
 
 @dataclass(eq=False)

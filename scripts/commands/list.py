@@ -40,7 +40,7 @@ def list_command(
         by_study.setdefault(row["study"] or "Without a study", []).append(_shown(row))
     studies = [tables.Table(table, study, ["variant of"]) for study, table in by_study.items()]
     built_in = read_json(paths.HOURS)
-    note = f"cheapest run with a verdict: {built_in['cheapest']}; planned hours are for one {built_in['gpu']}"
+    note = f"cheapest run with a verdict: {built_in['cheapest']}; estimated hours are for one {built_in['gpu']}"
     tables.show(json, rows, studies, [] if name else [note])
     suggest("run", rows[0]["recipe"] if name else "start/qlora", "--rehearse", json=json)
 

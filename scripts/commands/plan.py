@@ -159,7 +159,7 @@ def _fit_row(fit: "Fit") -> Row:
 
 def _work(work: "Work") -> Iterator[tuple[str, str]]:
     """Known facts about a training's rows, tokens, steps and time, as label and text."""
-    if work.at_most:
+    if work.full_rows:
         yield (
             "row lengths",
             "unknown; tokens and hours assume full rows; if the rows are local, --all-rows measures lengths",
@@ -169,7 +169,7 @@ def _work(work: "Work") -> Iterator[tuple[str, str]]:
         rows = f"{work.rows:,} ({work.rows_are})"
     yield "rows", rows
     if work.tokens:
-        up_to = "up to " if work.at_most else ""
+        up_to = "up to " if work.full_rows else ""
         yield "tokens in all epochs", f"{up_to}{work.tokens:,} ({work.tokens_are})"
     if work.steps:
         yield "optimizer steps", f"{work.steps:,}"
@@ -177,7 +177,7 @@ def _work(work: "Work") -> Iterator[tuple[str, str]]:
     if work.tokens_per_second:
         yield "tokens per second", f"{work.tokens_per_second:,.0f}"
     if work.hours:
-        yield "hours", f"{tables.hours(work.hours, work.at_most)} ({work.hours_are})"
+        yield "hours", f"about {tables.hours(work.hours, full_rows=False)} ({work.hours_are})"
 
 
 def _print_plans(plans: "list[tuple[str, Plan]]") -> None:
@@ -202,5 +202,5 @@ def _row(name: str, planned: "Plan") -> Row:
     [fit] = planned.gpus
     row |= {"GPU": fit.gpu, "fits": fit.verdict, "free GiB": _gib(fit.free), "hours": None}
     if planned.work and planned.work.hours:
-        row["hours"] = tables.hours(planned.work.hours, planned.work.at_most)
+        row["hours"] = tables.hours(planned.work.hours, planned.work.full_rows)
     return row

@@ -72,7 +72,7 @@ class Work:
     hours: float | None
 
     @property
-    def at_most(self) -> bool:
+    def full_rows(self) -> bool:
         """True if row lengths are unknown and every row counts at full length."""
         return self.tokens_are is TokenCount.UPPER_BOUND
 

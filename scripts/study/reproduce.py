@@ -184,8 +184,8 @@ def outline(
     return {"data": data, "models": sizes, "recipes": rows}
 
 
-_OUTLINED = ("recipe", "training", "steps", "needs GiB", "fits", "hours", "bound", "changes", "note", "problem")
-"""Columns of a preview; `bound` is true if `hours` count every row as full."""
+_OUTLINED = ("recipe", "training", "steps", "needs GiB", "fits", "hours", "full_rows", "changes", "note", "problem")
+"""Columns of a preview; `full_rows` is true if `hours` count every row as full."""
 
 
 def _outlined(pipeline: Pipeline, sizes: dict[str, float]) -> Row:
@@ -216,7 +216,7 @@ def _planned_cells(pipeline: Pipeline, sizes: dict[str, float]) -> Row:
     if not models.find(pipeline.composed.config).weights_here:
         sizes[planned.model] = 2 * max(planned.frozen, planned.trainable) / 1e9  # 16 bits per weight
     if planned.work:
-        row |= {"steps": planned.work.steps, "hours": planned.work.hours, "bound": planned.work.at_most}
+        row |= {"steps": planned.work.steps, "hours": planned.work.hours, "full_rows": planned.work.full_rows}
     return row
 
 
@@ -254,10 +254,13 @@ def show_outline(outlined: Row, json: bool) -> None:
     if sizes := outlined["models"]:
         lines.append(f"models: {', '.join(sizes)}: to be fetched, about {sum(sizes.values()):,.0f} GB in 16 bits")
     totals = [f"runs: {len(rows)}, each trained and evaluated unless finished"]
-    if hours := sum(row["hours"] or 0 for row in rows):
-        totals.append(f"{tables.hours(hours, any(row['bound'] for row in rows))} hours of training in total")
+    if total := sum(row["hours"] or 0 for row in rows):
+        totals.append(f"training takes about {tables.hours(total, full_rows=False)} hours in all")
     lines.append("; ".join(totals))
-    shown = [row | {"hours": row["hours"] and tables.hours(row["hours"], row["bound"]), "bound": None} for row in rows]
+    shown = []
+    for row in rows:
+        hours = tables.hours(row["hours"], row["full_rows"]) if row["hours"] else None
+        shown.append(row | {"hours": hours, "full_rows": None})
     tables.show(json, outlined, [tables.Table(shown, below=["changes", "note", "problem"])], lines)
 
 

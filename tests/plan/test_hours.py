@@ -1,11 +1,12 @@
 """Hours of the built-in recipes, in recipes/hours.json and in the tables that show them."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from qlora_recipes.base import paths
-from qlora_recipes.base.files import read_json
+from qlora_recipes.base.files import Row, read_json
 from qlora_recipes.data import studies
 
 REMEDY = "run `.venv/bin/python tools/plans.py` and `recipe render`"
@@ -26,8 +27,13 @@ def test_each_recipe_has_hours_and_the_published_ones_are_those_of_its_log(built
                 assert hours[name] == {"hours": expected, "hours_are": "published"}, REMEDY
 
 
-MARKS = {"published": "published", "planned": "estimated", "planned, at most": "estimated, full rows"}
-"""Marks of hours in the README, from the surest to the least sure."""
+MARKS = ["published", "estimated", "estimated, full rows"]
+"""What hours are, from the surest to the least sure."""
+
+
+def total_of(rows: Iterable[Row]) -> str:
+    total = sum(row["hours"] for row in rows)
+    return f"{total:,.0f}" if total >= 1000 else f"{total:.3g}"
 
 
 def test_the_readme_shows_the_hours_of_each_study_and_of_its_cheapest_verdict(built_in):
@@ -37,17 +43,21 @@ def test_the_readme_shows_the_hours_of_each_study_and_of_its_cheapest_verdict(bu
             cells[line.split("`")[1]] = line.rstrip(" |").split(" | ")[-2:]
     expected = {}
     for folder in paths.studies():
-        rows = [built_in["recipes"][name] for name in studies.load(folder).published]
-        cheapest = min(rows, key=lambda row: row["hours"])
-        mark = max((MARKS[row["hours_are"]] for row in rows), key=[*MARKS.values()].index)
-        total = sum(row["hours"] for row in rows)
-        expected[folder.name] = [f"{cheapest['hours']}, {MARKS[cheapest['hours_are']]}", f"{total:.3g}, {mark}"]
+        study = studies.load(folder)
+        rows = {name: built_in["recipes"][name] for name in study.recipes}
+        published = [rows[name] for name in study.published]
+        cheapest = min(published, key=lambda row: row["hours"])
+        total, everything = total_of(published), total_of(rows.values())
+        if everything != total:
+            total += f" ({everything} with ablations)"
+        mark = max((row["hours_are"] for row in rows.values()), key=MARKS.index)
+        expected[folder.name] = [f"{cheapest['hours']}, {cheapest['hours_are']}", f"{total}, {mark}"]
     assert cells == expected
 
 
 def test_list_names_the_cheapest_run_with_a_verdict(recipe, built_in):
     cheapest = built_in["cheapest"]
-    note = f"cheapest run with a verdict: {cheapest}; planned hours are for one A100 80GB"
+    note = f"cheapest run with a verdict: {cheapest}; estimated hours are for one A100 80GB"
     assert recipe("list").stdout.splitlines()[-1] == note
     (row,) = [row for row in recipe.json("list") if row["recipe"] == cheapest]
     assert {key: row[key] for key in ("hours", "hours_are")} == built_in["recipes"][cheapest]

@@ -573,7 +573,7 @@ tokens in all epochs  up to 446,464 (every row counted at full length)
 optimizer steps       28
 operations per token  1.5e+10
 tokens per second     1,300
-hours                 up to 0.10 (speed: 30% of the GPU's peak; tokens: every row counted at full length)
+hours                 about 0.10 (speed: 30% of the GPU's peak; tokens: every row counted at full length)
 checkpoints           0.50 GiB each, up to 5 at a time: 2.50 GiB
 main memory           1.00 GiB in each of 2 processes to load the model, beside the libraries
 note: a note

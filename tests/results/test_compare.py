@@ -232,9 +232,9 @@ def test_losses_without_a_common_step_are_not_compared(files, recipe):
 
 def test_equal_trainings_logged_at_other_steps_do_not_differ(files, recipe, tmp_path):
     losses = [2.0, 1.9, 1.8, 1.7, 1.6, 1.5]
-    each, some = tmp_path / RUNS / "trained" / "metrics.jsonl", tmp_path / RUNS / "faster" / "metrics.jsonl"
-    write_rows(each, [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)])
-    write_rows(some, [{"step": 1, "loss": 2.0}, {"step": 6, "loss": 1.7}])  # the mean of steps 2 to 6
+    by_one, by_five = tmp_path / RUNS / "trained" / "metrics.jsonl", tmp_path / RUNS / "faster" / "metrics.jsonl"
+    write_rows(by_one, [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)])
+    write_rows(by_five, [{"step": 1, "loss": 2.0}, {"step": 6, "loss": 1.7}])  # the mean of steps 2 to 6
     assert recipe.json("results", "trained", "faster")["trainings"] == {"b": EQUAL | {"last": 1}}
 
 

@@ -98,19 +98,19 @@ def test_a_dry_run_plans_each_seed_and_writes_nothing(recipe, tmp_path, dry_run)
 
 
 def test_a_dry_run_rounds_hours_and_adds_up_downloads(capsys):
-    row = {"recipe": "a", "training": "new", "hours": 288.93, "bound": True}
-    other = {"recipe": "b", "training": "new", "hours": 1.02, "bound": False}
-    quick = {"recipe": "c", "training": "new", "hours": 0.0083, "bound": False, "note": "9 hours without a GPU"}
+    row = {"recipe": "a", "training": "new", "hours": 288.93, "full_rows": True}
+    other = {"recipe": "b", "training": "new", "hours": 1.02, "full_rows": False}
+    quick = {"recipe": "c", "training": "new", "hours": 0.0083, "full_rows": False, "note": "9 hours without a GPU"}
     outline = {"data": ["data/raw: to be fetched"], "recipes": [row, other, quick]}
     reproduce.show_outline(outline | {"models": {"owner/seven": 13.48, "owner/eight": 16.06}}, json=False)
     assert capsys.readouterr().out.splitlines() == [
-        "recipe  training  hours        note",
-        "a       new       up to 288.9  –",
-        "b       new       1.0          –",
-        "c       new       under 0.01   9 hours without a GPU",
+        "recipe  training  hours             note",
+        "a       new       288.9, full rows  –",
+        "b       new       1.0               –",
+        "c       new       under 0.01        9 hours without a GPU",
         "data: data/raw: to be fetched",
         "models: owner/seven, owner/eight: to be fetched, about 30 GB in 16 bits",
-        "runs: 3, each trained and evaluated unless finished; up to 290.0 hours of training in total",
+        "runs: 3, each trained and evaluated unless finished; training takes about 290.0 hours in all",
     ]
 
 
