@@ -42,7 +42,7 @@ def check_command(
     ] = None,
     data: Annotated[
         bool,
-        typer.Option("--all-rows", help="Also read every row; tokenize it if the tokenizer is on disk."),
+        typer.Option("--all-rows", help="Also read and tokenize every row; fetches a missing tokenizer."),
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out Axolotl's own validation; it takes 3 s.")] = False,
     show_tokens: Annotated[

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..base import paths, tables
-from ..base.errors import UserError
+from ..base.errors import UserError, recipe_command
 from ..base.files import write_atomically
 from ..base.hub import importing_axolotl
 from ..base.terminal import Bar, require_consent, say
@@ -48,7 +48,7 @@ def _split(texts: list[str]) -> list[str]:
     "results",
     cls=RecipeCommand,
     epilog="recipe results    # all runs\nrecipe results lora-tradeoffs"
-    "\nrecipe results lora-tradeoffs CARD.md    # public records\nrecipe results RUN_A RUN_B"
+    "\nrecipe results haider2024 CARD.md    # public records\nrecipe results RUN_A RUN_B"
     "\nrecipe results --where 'lora_r >= 16' --csv",
 )
 def results_command(
@@ -173,6 +173,9 @@ def _export(name: str) -> None:
         print(export_records.export_run(find_run(name, paths.runs())))
         return
     study = studies.find(name)
+    if study.data.missing(reproduce.prediction_files(study)):
+        remedy = f"{recipe_command('reproduce', study.folder.name, '--stage', 'predictions')} fetches and scores them"
+        raise UserError("its published predictions are not on this machine", key=f"--export {name}", remedy=remedy)
     rows, problems = reproduce.score_predictions(study, [], None)
     for file in export_records.export_predictions(study, rows):
         print(file)

@@ -35,7 +35,7 @@ def remove_command(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Remove run folders, or only their checkpoints, and say what is freed."""
+    """List the sizes of run folders, or of their checkpoints, and remove them once confirmed."""
     from ..base.hardware import GIB
     from ..results import export_records
     from ..run import remove

@@ -299,6 +299,7 @@ class _Composition:
         folders = {"small_model": str(substitution.folder()), "sample": str(default_sample())}
         fragment = filled(fragment, folders) | {"bf16": hardware.cpu_has_bf16()}
         self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
+        fragment = dict.fromkeys(keys.of_one_model()) | fragment
         unchanged = datafiles.missing_paths(self.config)  # the check reports a missing path
         if models.is_small(self.config):
             unchanged += keys.of_one_model()

@@ -370,6 +370,12 @@ def score_predictions(study: Study, only: Sequence[str], scorer: str | None) -> 
     return rows, problems
 
 
+def prediction_files(study: Study) -> list[str]:
+    """Files of all published predictions of a study."""
+    predictions = [published.predictions for published in _published_predictions(study, [])]
+    return [file for published in predictions if published for file in published.files]
+
+
 def _published_predictions(study: Study, only: Sequence[str]) -> list[Baseline]:
     """Predictions and scores of the selected recipes; by default of all recipes and baselines."""
     predicted = []

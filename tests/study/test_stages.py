@@ -83,6 +83,10 @@ def test_published_predictions_are_fetched_and_scored_beside_the_published_score
 
 def test_published_predictions_are_recorded(recipe, server, place):
     published_study.write(place, url_of(server), {"bleu4": 1.0})
+    refused = recipe.fails("results", "--export", "reviews").stderr.strip()
+    remedy = "`recipe reproduce reviews --stage predictions` fetches and scores them"
+    assert refused == f"recipe: --export reviews: its published predictions are not on this machine; {remedy}"
+    scored(recipe)
     done = recipe.ok("results", "--export", "reviews")
     results = place / "recipes" / "reviews" / "results"
     results.mkdir()
