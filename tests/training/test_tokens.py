@@ -9,6 +9,7 @@ from conftest import config_with
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.files import write_rows
 from qlora_recipes.config import compose, gpus, substitution
 from qlora_recipes.config.compose import Request
 from qlora_recipes.run.backends import local
@@ -385,3 +386,23 @@ def test_the_command(recipe, tmp_path, llama):
     elsewhere = ("--set", "datasets.0.path=x/y", "--set", "test_datasets.0.path=x/y")
     unknown = recipe.fails("check", NAME, *elsewhere, "--show-tokens", "1")
     assert "codellama/CodeLlama-7b-hf" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("base_model", "tokenizer_type"),
+    [
+        ("NousResearch/Llama-2-7b-hf", "LlamaTokenizer"),
+        ("mistralai/Mistral-7B-v0.1", "LlamaTokenizer"),
+        ("codellama/CodeLlama-7b-hf", "CodeLlamaTokenizer"),
+    ],
+)
+def test_a_rehearsal_of_an_import_of_2023_has_the_small_models_tokens(recipe, tmp_path, base_model, tokenizer_type):
+    write_rows(tmp_path / "rows.jsonl", [{"instruction": "Add them.", "input": "2 and 3", "output": "The sum is 5."}])
+    model = {"base_model": base_model, "tokenizer_type": tokenizer_type, "model_type": "LlamaForCausalLM"}
+    settings = {"adapter": "qlora", "load_in_4bit": True, "lora_r": 32, "lora_alpha": 16, "lora_target_linear": True}
+    training = {"sequence_len": 512, "micro_batch_size": 1, "num_epochs": 1, "learning_rate": 0.0002, "bf16": True}
+    data = {"datasets": [{"path": "rows.jsonl", "type": "alpaca"}]}
+    (tmp_path / "old.yml").write_text(yamlfiles.write_yaml(model | settings | training | data))
+    (row,) = recipe.json("check", "old.yml", "--rehearse", "--quick", "--show-tokens", "1")
+    assert row["text"].startswith("Below is an instruction that describes a task, paired with an input")
+    assert row["text"].endswith("### Response:\n⟪The sum is 5.<|im_end|>⟫")
