@@ -28,7 +28,7 @@ def test_each_recipe_has_hours_and_the_published_ones_are_those_of_its_log(built
 
 
 MARKS = ["published", "estimated", "estimated, full rows"]
-"""What hours are, from the surest to the least sure."""
+"""Sources of hours, from the surest to the least sure."""
 
 
 def total_of(rows: Iterable[Row]) -> str:
