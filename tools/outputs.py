@@ -43,7 +43,7 @@ class ListedRecipe(TypedDict, extra_items=float | None):
     optimizer: str | None
     variant_of: described(str | None, "recipe that a variant changes")
     hours: described(float | None, "estimated hours on one GPU")
-    hours_are: described(str | None, "how the hours were planned or measured")
+    hours_are: described(str | None, "published, or estimated")
 
 
 class Shown(TypedDict, closed=True):

@@ -89,7 +89,7 @@ def _cell(value: Any) -> str:
     return harmless(text).replace("\n", " ")
 
 
-def hours(value: float, full_rows: bool) -> str:
+def hours(value: float, full_rows: bool = False) -> str:
     """Text of an estimate in hours, marked if it counts every row as full."""
     digits = 1 if value >= 1 else 2
     text = "under 0.01" if value < 0.01 else f"{value:,.{digits}f}"

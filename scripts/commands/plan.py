@@ -177,7 +177,7 @@ def _work(work: "Work") -> Iterator[tuple[str, str]]:
     if work.tokens_per_second:
         yield "tokens per second", f"{work.tokens_per_second:,.0f}"
     if work.hours:
-        yield "hours", f"about {tables.hours(work.hours, full_rows=False)} ({work.hours_are})"
+        yield "hours", f"about {tables.hours(work.hours)} ({work.hours_are})"
 
 
 def _print_plans(plans: "list[tuple[str, Plan]]") -> None:

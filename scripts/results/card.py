@@ -291,7 +291,7 @@ class Card:
             return self._evaluated_in_training
         return getattr(column.parameters, "task", "").rpartition("/")[2] or self.scored_on
 
-    @property
+    @cached_property
     def _evaluated_in_training(self) -> str:
         """Description of the rows of the eval losses and rewards, with the number of tokens or pairs."""
         result = self.result

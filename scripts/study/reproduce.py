@@ -255,7 +255,7 @@ def show_outline(outlined: Row, json: bool) -> None:
         lines.append(f"models: {', '.join(sizes)}: to be fetched, about {sum(sizes.values()):,.0f} GB in 16 bits")
     totals = [f"runs: {len(rows)}, each trained and evaluated unless finished"]
     if total := sum(row["hours"] or 0 for row in rows):
-        totals.append(f"training takes about {tables.hours(total, full_rows=False)} hours in all")
+        totals.append(f"training takes about {tables.hours(total)} hours in all")
     lines.append("; ".join(totals))
     shown = []
     for row in rows:
